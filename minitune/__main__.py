@@ -1,0 +1,5 @@
+"""`python -m minitune`."""
+
+from minitune.cli import main
+
+raise SystemExit(main())

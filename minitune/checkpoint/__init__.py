@@ -1,0 +1,1 @@
+"""What is on disk: names to folders, hub layout, adapters, training state, GGUF."""

@@ -1,0 +1,143 @@
+"""Adapter folders in PEFT's own format, both ways: adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minitune.checkpoint.weights import read_json, save_tensors
+from minitune.config import UserError
+from minitune.model.decoder import Decoder
+from minitune.model.lora import LoraConfig, adapted, attach
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+# What PEFT can do and our decoder can't; each would change what is computed if it were passed over.
+REFUSED = {
+    "use_dora": "DoRA",
+    "rank_pattern": "a rank for each module",
+    "alpha_pattern": "an alpha for each module",
+    "modules_to_save": "whole modules beside LoRA",
+    "layers_to_transform": "a choice of layers",
+    "layer_replication": "replicated layers",
+    "lora_bias": "bias terms",
+}
+
+
+def read_config(folder: str | Path) -> LoraConfig:
+    """The adapter's settings; UserError for what is not plain LoRA."""
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise UserError(f"{folder}: no adapter there ({CONFIG} is missing)")
+    raw = read_json(path)
+    if raw.get("peft_type", "LORA") != "LORA":
+        raise UserError(f"{path}: peft_type {raw['peft_type']} is not supported (supported: LORA)")
+    for name, meaning in REFUSED.items():
+        if raw.get(name):
+            raise UserError(f"{path}: {name} ({meaning}) is not supported")
+    if raw.get("bias", "none") != "none":
+        raise UserError(f"{path}: bias {raw['bias']!r} is not supported (supported: none)")
+    targets = raw.get("target_modules")
+    if not targets:
+        raise UserError(f"{path}: target_modules is missing")
+    try:
+        return LoraConfig(
+            r=int(raw["r"]),
+            lora_alpha=raw["lora_alpha"],
+            lora_dropout=float(raw.get("lora_dropout") or 0.0),
+            target_modules=targets if isinstance(targets, str) else tuple(sorted(targets)),
+            use_rslora=bool(raw.get("use_rslora")),
+        )
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def adapter_parameters(decoder: Decoder) -> dict[str, Tensor]:
+    """{PEFT name: the rows of our stacked A or B that hold it}."""
+    out: dict[str, Tensor] = {}
+    for linear in adapted(decoder):
+        assert linear.lora is not None
+        for name, a, b, _ in linear.lora.rows():
+            module = PREFIX + linear.hub_name(name)
+            out[f"{module}.lora_A.weight"] = linear.lora.A[a]
+            out[f"{module}.lora_B.weight"] = linear.lora.B[b]
+    return out
+
+
+def read_tensors(folder: str | Path) -> dict[str, Tensor]:
+    """The adapter's tensors by PEFT name (.safetensors, or .bin read as weights only)."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(folder) / WEIGHTS
+    old = Path(folder) / "adapter_model.bin"
+    try:
+        if not path.is_file() and old.is_file():
+            return torch.load(old, map_location="cpu", weights_only=True)
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged ({str(error).splitlines()[0]})") from None
+
+
+def attach_saved(decoder: Decoder, folder: str | Path) -> dict[str, Tensor]:
+    """Attaches an adapter of `folder`'s shape, values unset; returns the saved tensors, each of which has its place.
+
+    The decoder may be on `meta`. UserError names the tensor that does not fit this model.
+    """
+    config = read_config(folder)
+    try:
+        attach(decoder, config)
+    except ValueError as error:
+        raise UserError(f"{folder}: made for another model: {error}") from None
+    saved, wanted = read_tensors(folder), adapter_parameters(decoder)
+    for kind, names in (("is missing", wanted.keys() - saved.keys()), ("fits nothing here", saved.keys() - wanted.keys())):
+        if names:
+            raise UserError(f"{folder}: made for another model: {min(names)} {kind} ({len(names)} such tensors)")
+    for name, target in wanted.items():
+        if saved[name].shape != target.shape:
+            raise UserError(
+                f"{folder}: made for another model: {name} is {list(saved[name].shape)}, "
+                f"this model needs {list(target.shape)}"
+            )
+    return saved
+
+
+@torch.no_grad()
+def load_adapter(decoder: Decoder, folder: str | Path) -> LoraConfig:
+    """Attaches the adapter of `folder`; UserError names the tensor that does not fit this model."""
+    saved = attach_saved(decoder, folder)
+    for name, target in adapter_parameters(decoder).items():
+        target.copy_(saved[name])
+    assert decoder.lora_config is not None
+    return decoder.lora_config
+
+
+def save_adapter(decoder: Decoder, folder: str | Path, base: str) -> None:
+    """Writes the attached adapter as PEFT does (float32); `base` is what the adapter belongs to."""
+    folder, config = Path(folder), decoder.lora_config
+    assert config is not None, "no adapter is attached"
+    folder.mkdir(parents=True, exist_ok=True)
+    targets = config.target_modules
+    raw: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "use_rslora": config.use_rslora,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+    tensors = {n: t.detach().to("cpu", torch.float32).contiguous() for n, t in adapter_parameters(decoder).items()}
+    save_tensors(tensors, folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(raw, indent=2, ensure_ascii=False), encoding="utf-8")

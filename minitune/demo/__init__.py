@@ -1,0 +1,1 @@
+"""The embedded story: our sample conversations and the tour."""

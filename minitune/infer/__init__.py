@@ -1,0 +1,1 @@
+"""How it answers: decoding, sampling, the terminal chat."""

@@ -1,0 +1,118 @@
+"""Causal attention over packed documents: three ways to compute the same thing.
+
+Legend: T packed tokens, N query heads, K key/value heads, D head width, S documents (or slots).
+`varlen` is flash attention over variable lengths; `documents` goes document by document (CPU); `masked` is one
+call with a block-diagonal mask, of static shape (older cards, float32 on a card). `reference` is the plain twin
+that all of them, and cached decoding, are tested against.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Kernel = Literal["varlen", "documents", "masked"]
+
+
+def choose_kernel(device: torch.device, dtype: torch.dtype) -> Kernel:
+    """The fastest way that exists for this device and dtype."""
+    if device.type == "cpu":
+        return "documents"
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        if torch.cuda.get_device_capability(device)[0] >= 8:
+            return "varlen"
+    return "masked"
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Where documents begin in a pack.
+
+    cu_seqlens: int32 [S + 1], cumulative lengths, the last one repeated where a pack has fewer documents.
+    lengths: the same on the host, for the `documents` kernel; may be empty for the others.
+    max_seqlen: an upper bound of every length.
+    """
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    lengths: tuple[int, ...]
+    kernel: Kernel
+
+    @staticmethod
+    def of(lengths: list[int], device: torch.device, dtype: torch.dtype) -> PackedLayout:
+        """The layout of documents of these lengths, laid end to end."""
+        cu = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+        return PackedLayout(cu, max(lengths), tuple(lengths), choose_kernel(device, dtype))
+
+    def for_layer(self, index: int) -> PackedLayout:
+        """Packed attention keeps nothing between layers."""
+        return self
+
+    def attend(self, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, scale: float) -> Tensor:
+        """Causal attention within each document -> [T, N, D]."""
+        if self.kernel == "varlen":
+            return _varlen(q_TND, k_TKD, v_TKD, self.cu_seqlens, self.max_seqlen, scale)
+        if self.kernel == "documents":
+            return _documents(q_TND, k_TKD, v_TKD, self.lengths, scale)
+        return _masked(q_TND, k_TKD, v_TKD, self.cu_seqlens, scale)
+
+    def length_T(self, tokens: int) -> Tensor:
+        """The length of each token's document, [T]."""
+        lengths = self.cu_seqlens.diff()
+        return lengths[document_ids(self.cu_seqlens, tokens).clamp(max=lengths.numel() - 1)]
+
+
+def document_ids(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """The number of each token's document, [T]; tokens behind the last document share one number."""
+    at_T = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.bucketize(at_T, cu_seqlens, right=True) - 1
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    if k.shape[1] != q.shape[1]:  # enable_gqa came after torch 2.11
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    return varlen_attn(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=(-1, 0)
+    )  # type: ignore[return-value]
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """[L, N, D], [M, K, D] -> [L, N, D]; causal where no mask is given."""
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    gqa = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=gqa
+    )
+    return out[0].transpose(0, 1)
+
+
+def _documents(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+    parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    return torch.cat([sdpa(*part, scale) for part in parts])
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+    ids_T = document_ids(cu_seqlens, q.shape[0])
+    at_T = torch.arange(q.shape[0], device=q.device)
+    mask_TT = (ids_T[:, None] == ids_T) & (at_T[:, None] >= at_T)
+    return sdpa(q, k, v, scale, mask_TT)
+
+
+def reference(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, lengths: list[int], scale: float | None = None) -> Tensor:
+    """Attention as the formula says it, in float64, document by document; for tests."""
+    scale = scale if scale is not None else 1 / math.sqrt(q_TND.shape[-1])
+    groups, out = q_TND.shape[1] // k_TKD.shape[1], []
+    for q, k, v in zip(q_TND.split(lengths), k_TKD.split(lengths), v_TKD.split(lengths), strict=True):
+        k, v = (t.double().repeat_interleave(groups, dim=1) for t in (k, v))
+        score_NLL = torch.einsum("lnd,mnd->nlm", q.double(), k) * scale
+        causal_LL = torch.ones(score_NLL.shape[1:], dtype=torch.bool, device=q.device).tril()
+        weight_NLL = score_NLL.masked_fill(~causal_LL, -math.inf).softmax(-1)
+        out.append(torch.einsum("nlm,mnd->lnd", weight_NLL, v))
+    return torch.cat(out).to(q_TND.dtype)

@@ -1,0 +1,259 @@
+"""The one decoder: MiniCPM, Llama and Granite are this graph and differ in four scalars.
+
+Legend: T packed tokens, B batch, L length, H hidden, N query heads, K key/value heads, D head width, F FFN width,
+V vocabulary. Parameters are fused where they share an input: q|k|v and gate|up.
+
+    x = embed(ids) · embedding_multiplier
+    x = x + attention(norm(x)) · residual_multiplier          (each layer)
+    x = x + mlp(norm(x)) · residual_multiplier
+    logits = head(norm(x) / logits_scaling)
+
+MiniCPM (https://arxiv.org/abs/2404.06395): scale_emb, scale_depth/√layers, hidden/dim_model_base.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minitune.model.attention import PackedLayout
+from minitune.model.lora import Dropout, Lora, LoraConfig
+from minitune.model.rope import Rope, rotate
+
+SUPPORTED = ("MiniCPMForCausalLM", "LlamaForCausalLM", "GraniteForCausalLM")
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Shapes and scalars. `family` is the hub architecture that the checkpoint came in."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 4096
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = True
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    attention_multiplier: float = 0.0  # 0: 1/√head_dim
+    logits_scaling: float = 1.0
+    family: str = "LlamaForCausalLM"
+
+    @property
+    def attention_scale(self) -> float:
+        return self.attention_multiplier or 1 / math.sqrt(self.head_dim)
+
+    @staticmethod
+    def from_hub(hub: dict[str, Any]) -> DecoderConfig:
+        """From a hub `config.json`. Raises ValueError in one line for what is not this graph."""
+        family = (hub.get("architectures") or ["?"])[0]
+        if family not in SUPPORTED:
+            raise ValueError(f"architecture {family} is not supported (supported: {', '.join(SUPPORTED)})")
+        if hub.get("num_experts") or hub.get("num_local_experts"):
+            raise ValueError("a mixture of experts is not supported (supported: dense MiniCPM, Llama, Granite)")
+        for name in ("attention_bias", "mlp_bias"):
+            if hub.get(name):
+                raise ValueError(f"{name} is not supported")
+        if hub.get("hidden_act", "silu") not in ("silu", "swish"):
+            raise ValueError(f"hidden_act {hub['hidden_act']!r} is not supported (supported: silu)")
+        try:
+            hidden, heads, layers = hub["hidden_size"], hub["num_attention_heads"], hub["num_hidden_layers"]
+            sizes = {n: hub[n] for n in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+        except KeyError as missing:
+            raise ValueError(f"{missing.args[0]} is missing") from None
+        rope = dict(hub.get("rope_parameters") or hub.get("rope_scaling") or {})  # transformers 5 | 4
+        theta = rope.pop("rope_theta", None) or hub.get("rope_theta") or 10000.0
+        plain_rope = rope.get("rope_type", rope.get("type", "default")) == "default"
+        scalars: dict[str, float] = {}
+        if family == "MiniCPMForCausalLM":  # absent keys mean the published class's defaults, which are 1
+            scalars = {
+                "embedding_multiplier": float(hub.get("scale_emb", 1)),
+                "residual_multiplier": hub.get("scale_depth", 1) / math.sqrt(layers),
+                "logits_scaling": hidden / hub.get("dim_model_base", 1),
+            }
+        elif family == "GraniteForCausalLM":
+            names = ("embedding_multiplier", "residual_multiplier", "logits_scaling", "attention_multiplier")
+            scalars = {n: float(hub.get(n, 1.0)) for n in names}
+        config = DecoderConfig(
+            **sizes,
+            num_attention_heads=heads,
+            num_key_value_heads=hub.get("num_key_value_heads") or heads,
+            head_dim=hub.get("head_dim") or hidden // heads,
+            max_position_embeddings=hub.get("max_position_embeddings") or 4096,
+            rope_theta=float(theta),
+            rope_scaling=None if plain_rope else rope,
+            rms_norm_eps=float(hub.get("rms_norm_eps", 1e-6)),
+            tie_word_embeddings=bool(hub.get("tie_word_embeddings", family == "MiniCPMForCausalLM")),
+            family=family,
+            **scalars,
+        )
+        config.rope()  # a rope scaling that is not supported is refused here
+        return config
+
+    def rope(self) -> Rope:
+        """The rotary embedding of this shape."""
+        return Rope(self.head_dim, self.rope_theta, self.max_position_embeddings, self.rope_scaling)
+
+    def untied(self) -> DecoderConfig:
+        """The same with a head of its own."""
+        return replace(self, tie_word_embeddings=False)
+
+
+class Linear(nn.Module):
+    """A bias-free linear whose output rows are one or more named parts; carries their adapters."""
+
+    def __init__(self, in_features: int, parts: dict[str, int], prefix: str):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(sum(parts.values()), in_features))
+        self.prefix = prefix
+        self.parts: list[tuple[str, int, int]] = []
+        for name, rows in parts.items():
+            start = self.parts[-1][2] if self.parts else 0
+            self.parts.append((name, start, start + rows))
+        self.lora: Lora | None = None
+        self.unmerged: tuple[Tensor, Lora] | None = None
+
+    def hub_name(self, part: str) -> str:
+        return f"{self.prefix}.{part}"
+
+    def forward(self, x_TI: Tensor, dropout: Dropout | None = None) -> Tensor:
+        y_TO = F.linear(x_TI, self.weight)
+        return y_TO if self.lora is None else self.lora(x_TI, y_TO, dropout)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight (Zhang & Sennrich 2019), normalised in float32."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        wide = x_TH.float()
+        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return scaled.to(x_TH.dtype) * self.weight.to(x_TH.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: DecoderConfig, prefix: str):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.scale = config.attention_scale
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        self.qkv = Linear(config.hidden_size, {"q_proj": q, "k_proj": kv, "v_proj": kv}, prefix)
+        self.o = Linear(q, {"o_proj": config.hidden_size}, prefix)
+
+    def forward(self, x_TH: Tensor, cos: Tensor, sin: Tensor, layout: Any, dropout: Dropout | None) -> Tensor:
+        heads = (self.heads, self.kv_heads, self.kv_heads)
+        q, k, v = self.qkv(x_TH, dropout).view(-1, sum(heads), self.head_dim).split(heads, dim=1)
+        y_TND = layout.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, self.scale)
+        return self.o(y_TND.reshape(x_TH.shape[0], -1), dropout)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: DecoderConfig, prefix: str):
+        super().__init__()
+        width = config.intermediate_size
+        self.gate_up = Linear(config.hidden_size, {"gate_proj": width, "up_proj": width}, prefix)
+        self.down = Linear(width, {"down_proj": config.hidden_size}, prefix)
+
+    def forward(self, x_TH: Tensor, dropout: Dropout | None) -> Tensor:
+        gate, up = self.gate_up(x_TH, dropout).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up, dropout)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: DecoderConfig, index: int):
+        super().__init__()
+        prefix = f"model.layers.{index}"
+        self.residual_multiplier = config.residual_multiplier
+        self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attn = Attention(config, f"{prefix}.self_attn")
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config, f"{prefix}.mlp")
+
+    def forward(self, x_TH: Tensor, cos: Tensor, sin: Tensor, layout: Any, dropout: Dropout | None) -> Tensor:
+        x_TH = x_TH + self.attn(self.attn_norm(x_TH), cos, sin, layout, dropout) * self.residual_multiplier
+        return x_TH + self.mlp(self.mlp_norm(x_TH), dropout) * self.residual_multiplier
+
+
+class Decoder(nn.Module):
+    """The model. Built empty; `checkpoint.weights.load_model` fills it.
+
+    `layer_forward(layer, x_TH, cos, sin, layout, dropout)` runs one layer: replaced by a compiled or a
+    recomputing version where the training step asks for it.
+    """
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.lora_config: LoraConfig | None = None
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.rope = config.rope()
+        self.layer_forward = Layer.__call__
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, H]: the embedding where it is tied."""
+        return self.embed.weight if self.lm_head is None else self.lm_head.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
+
+    def linears(self) -> list[Linear]:
+        """The layers' linears, in order."""
+        return [m for layer in self.layers for m in layer.modules() if isinstance(m, Linear)]
+
+    def hidden(
+        self, input_ids_T: Tensor, position_ids_T: Tensor, layout: Any, dropout: Dropout | None = None
+    ) -> Tensor:
+        """The final hidden state [T, H], normed and scaled: what the head multiplies.
+
+        `layout` says how tokens attend: `attention.PackedLayout`, or `cache.CachedLayout` while decoding.
+        """
+        length_T = layout.length_T(input_ids_T.shape[0]) if self.rope.needs_length else None
+        cos, sin = self.rope(position_ids_T, length_T)
+        x_TH = self.embed(input_ids_T) * self.config.embedding_multiplier
+        for i, layer in enumerate(self.layers):
+            x_TH = self.layer_forward(layer, x_TH, cos, sin, layout.for_layer(i), dropout)
+        return self.norm(x_TH) / self.config.logits_scaling
+
+    def head(self, h_TH: Tensor) -> Tensor:
+        """Logits [T, V] of hidden states."""
+        return F.linear(h_TH, self.head_weight)
+
+    def logits(self, input_ids_BL: Tensor) -> Tensor:
+        """[batch, length] int64 -> [batch, length, vocab]; each row is a document of its own."""
+        batch, length = input_ids_BL.shape
+        layout = PackedLayout.of([length] * batch, self.device, self.dtype)
+        position_ids = torch.arange(length, device=self.device).repeat(batch)
+        ids_T = input_ids_BL.reshape(-1).to(self.device)
+        return self.head(self.hidden(ids_T, position_ids, layout)).view(batch, length, -1)
+
+    def forward(self, input_ids_BL: Tensor) -> Tensor:
+        """As `logits`."""
+        return self.logits(input_ids_BL)

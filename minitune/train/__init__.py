@@ -1,0 +1,1 @@
+"""How it is learned: the loop, the step, the loss, the optimizer."""

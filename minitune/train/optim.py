@@ -1,0 +1,116 @@
+"""AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101) in 32 bits, clipping and a gate inside the update.
+
+`torch.optim.AdamW(fused=True)` takes a device-side divisor of the gradients and a device-side flag that skips the
+update, so neither clipping, nor loss scaling, nor a value that is not finite needs the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minitune.config import TrainConfig
+
+
+def learning_rate_at(step: int, total: int, config: TrainConfig) -> float:
+    """The rate of step `step` (from 0) of `total`: linear warm-up, then the schedule, as Hugging Face's are."""
+    peak = config.resolved_learning_rate
+    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * total)
+    if step < warmup:
+        return peak * step / max(1, warmup)
+    if config.lr_scheduler_type == "constant":
+        return peak
+    progress = (step - warmup) / max(1, total - warmup)
+    if config.lr_scheduler_type == "cosine":
+        return peak * max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
+    return peak * max(0.0, 1 - progress)
+
+
+class AdamW:
+    """AdamW over float32 values; parameters of fewer bits get a float32 master copy, which holds the truth.
+
+    Weight decay falls on matrices only.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], config: TrainConfig):
+        self.parameters = list(parameters)
+        self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.parameters]
+        matrices = [p for p in self.masters if p.ndim > 1]
+        rest = [p for p in self.masters if p.ndim <= 1]
+        device = self.parameters[0].device
+        self.rate = torch.zeros((), device=device)
+        groups = [
+            {"params": group, "weight_decay": decay}
+            for group, decay in ((matrices, config.weight_decay), (rest, 0.0))
+            if group
+        ]
+        self.inner = torch.optim.AdamW(
+            groups,
+            lr=self.rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            fused=True,
+            capturable=device.type == "cuda",
+        )
+
+    def step(self, rate: float, divisor: Tensor, skip: Tensor) -> None:
+        """One update with gradients / `divisor` (float32 scalar); none at all where `skip` (float32 scalar) is 1.
+
+        A skipped update leaves parameters, moments and step counts as they were.
+        """
+        self.rate.fill_(rate)
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if master is not parameter:
+                master.grad = None if parameter.grad is None else parameter.grad.float()
+        self.inner.grad_scale, self.inner.found_inf = divisor, skip  # type: ignore[attr-defined]
+        self.inner.step()
+        with torch.no_grad():
+            for parameter, master in zip(self.parameters, self.masters, strict=True):
+                if master is not parameter:
+                    parameter.copy_(master)
+                    master.grad = None
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        masters = [m.detach() for m, p in zip(self.masters, self.parameters, strict=True) if m is not p]
+        return {"adamw": self.inner.state_dict(), "masters": masters}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        rate = self.rate
+        self.inner.load_state_dict(state["adamw"])
+        for group in self.inner.param_groups:  # the saved rate must not replace the tensor that `step` fills
+            group["lr"] = rate
+        own = [m for m, p in zip(self.masters, self.parameters, strict=True) if m is not p]
+        with torch.no_grad():
+            for master, saved in zip(own, state["masters"], strict=True):
+                master.copy_(saved)
+
+
+class LossScale:
+    """Dynamic loss scaling for float16 (Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740), on the device:
+    halved by an overflow, doubled after `interval` good steps."""
+
+    def __init__(self, device: torch.device, start: float = 65536.0, interval: int = 2000):
+        self.scale = torch.full((), start, device=device)
+        self.good = torch.zeros((), device=device)
+        self.interval = interval
+
+    def update(self, overflow: Tensor) -> None:
+        """`overflow`: float32 scalar, 1 where a gradient was not finite."""
+        grow = (self.good + 1 >= self.interval) & (overflow == 0)
+        self.scale.copy_(torch.where(overflow > 0, self.scale * 0.5, torch.where(grow, self.scale * 2, self.scale)))
+        self.good.copy_(torch.where((overflow > 0) | grow, 0, self.good + 1))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"scale": self.scale, "good": self.good}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.scale.copy_(state["scale"])
+        self.good.copy_(state["good"])

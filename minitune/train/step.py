@@ -1,0 +1,116 @@
+"""One optimizer step: forward, loss, backward, update. Plain, runnable anywhere.
+
+The loss of a step is the sum over its supervised tokens divided by their number, however the rows are packed.
+Nothing here waits for the device: what a person sees comes back as device scalars.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from minitune.data.loader import Pack, StepBatch
+from minitune.model.attention import Kernel, PackedLayout, choose_kernel
+from minitune.model.decoder import Decoder, Layer
+from minitune.model.lora import Dropout
+from minitune.train.loss import cross_entropy_sum
+from minitune.train.optim import AdamW, LossScale
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Device scalars of a step: the loss (nats a supervised token), the gradient's global norm before clipping, and
+    1 where a value was not finite, in which case nothing was updated."""
+
+    loss: Tensor
+    grad_norm: Tensor
+    skipped: Tensor
+
+
+def layout_of(pack: Pack, kernel: Kernel) -> PackedLayout:
+    """How the pack's tokens attend."""
+    return PackedLayout(pack.cu_seqlens, max(pack.lengths), pack.lengths, kernel)
+
+
+def pack_loss(decoder: Decoder, pack: Pack, dropout: Dropout | None = None, chunk: int = 2048) -> Tensor:
+    """The summed cross-entropy of a pack's supervised tokens (float32 scalar)."""
+    layout = layout_of(pack, choose_kernel(decoder.device, decoder.dtype))
+    h_TH = decoder.hidden(pack.input_ids, pack.position_ids, layout, dropout)
+    return cross_entropy_sum(h_TH[pack.predict], decoder.head_weight, pack.targets, chunk)
+
+
+def recompute_layers(decoder: Decoder) -> None:
+    """Keeps only each layer's input for backward and computes the rest again (Chen et al. 2016,
+    https://arxiv.org/abs/1604.06174). Dropout draws by counter, so the second pass equals the first."""
+    inner = decoder.layer_forward
+
+    def forward(layer: Layer, *args: object) -> Tensor:
+        return checkpoint(inner, layer, *args, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
+
+    decoder.layer_forward = forward  # type: ignore[assignment]
+
+
+class TrainStep:
+    """`step(batch, rate)` trains on one batch and returns a `StepResult`.
+
+    dropout: probability, drawn from (seed, step, token). max_grad_norm: 0 never clips.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        optimizer: AdamW,
+        *,
+        dropout: float = 0.0,
+        seed: int = 0,
+        max_grad_norm: float = 1.0,
+        loss_scale: LossScale | None = None,
+    ):
+        self.decoder, self.optimizer, self.loss_scale = decoder, optimizer, loss_scale
+        self.dropout, self.seed, self.max_grad_norm = dropout, seed, max_grad_norm
+        self.step_index = torch.zeros((), dtype=torch.int64, device=decoder.device)
+        # On the CPU, logits that fit the cache; on a card, multiplications that fill it.
+        self.chunk = 256 if decoder.device.type == "cpu" else 2048
+
+    def __call__(self, batch: StepBatch, rate: float) -> StepResult:
+        loss = torch.zeros((), device=self.decoder.device)
+        for pack in batch.packs:
+            moved = pack.to(self.decoder.device)
+            part = pack_loss(self.decoder, moved, self._dropout(moved), self.chunk) / batch.supervised
+            (part if self.loss_scale is None else part * self.loss_scale.scale).backward()
+            loss += part.detach()
+        return self._update(loss, rate)
+
+    def _dropout(self, pack: Pack) -> Dropout | None:
+        if not self.dropout:
+            return None
+        return Dropout.at(self.seed, self.step_index, pack.token_uids, self.dropout)
+
+    def _update(self, loss: Tensor, rate: float) -> StepResult:
+        grads = [p.grad for p in self.optimizer.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads, error_if_nonfinite=False).float()
+        divisor = torch.ones_like(norm) if self.loss_scale is None else self.loss_scale.scale.clone()
+        norm = norm / divisor
+        if self.max_grad_norm:  # the Trainer's clipping: by max / (norm + 1e-6), never upwards
+            divisor = divisor * ((norm + 1e-6) / self.max_grad_norm).clamp(min=1.0)
+        skip = (~torch.isfinite(norm + loss)).float()
+        self.optimizer.step(rate, divisor, skip)
+        if self.loss_scale is not None:
+            self.loss_scale.update(skip)
+        self.optimizer.zero_grad()
+        self.step_index += 1
+        return StepResult(loss, norm, skip)
+
+
+@torch.no_grad()
+def held_out_loss(decoder: Decoder, batches: list[StepBatch]) -> float:
+    """The mean cross-entropy (nats) over all supervised tokens of these batches, dropout off."""
+    training = decoder.training
+    decoder.eval()
+    chunk = 256 if decoder.device.type == "cpu" else 2048
+    parts = [pack_loss(decoder, pack.to(decoder.device), None, chunk) for b in batches for pack in b.packs]
+    decoder.train(training)
+    return float(torch.stack(parts).double().sum()) / sum(b.supervised for b in batches)

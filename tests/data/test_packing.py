@@ -1,0 +1,59 @@
+"""Packing as properties: nothing lost, nothing doubled, no pack too full, the same every time."""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minitune.data.packing import packs, steps_of_rows, steps_of_tokens
+
+lengths_of = st.lists(st.integers(1, 60), min_size=0, max_size=60)
+QUICK = settings(max_examples=150, deadline=None)
+
+
+@QUICK
+@given(lengths=lengths_of, rows=st.integers(1, 20), seed=st.integers(0, 9))
+def test_steps_of_rows(lengths: list[int], rows: int, seed: int) -> None:
+    """Joined, the steps are the order; only the last is short."""
+    order = random.Random(seed).sample(range(len(lengths)), len(lengths))
+    steps = steps_of_rows(order, rows)
+    assert [r for step in steps for r in step] == order
+    assert all(len(step) == rows for step in steps[:-1])
+    assert all(1 <= len(step) <= rows for step in steps)
+
+
+@QUICK
+@given(lengths=lengths_of, tokens=st.integers(1, 100), seed=st.integers(0, 9))
+def test_steps_of_tokens(lengths: list[int], tokens: int, seed: int) -> None:
+    """Joined, the steps are the order; none is too full (but for one long row), none could take its neighbour."""
+    order = random.Random(seed).sample(range(len(lengths)), len(lengths))
+    steps = steps_of_tokens(order, lengths, tokens)
+    assert [r for step in steps for r in step] == order
+    size = [sum(lengths[r] for r in step) for step in steps]
+    assert all(step and (n <= tokens or len(step) == 1) for step, n in zip(steps, size, strict=True))
+    assert all(n + lengths[after[0]] > tokens for n, after in zip(size, steps[1:], strict=False))
+
+
+@QUICK
+@given(lengths=lengths_of, capacity=st.integers(1, 120), seed=st.integers(0, 9))
+def test_packs(lengths: list[int], capacity: int, seed: int) -> None:
+    """Each row once; capacity kept (but for one long row); rows keep their order; few packs; a pure function."""
+    rows = random.Random(seed).sample(range(len(lengths)), len(lengths))
+    made = packs(rows, lengths, capacity)
+    assert sorted(r for pack in made for r in pack) == sorted(rows)
+    for pack in made:
+        assert sum(lengths[r] for r in pack) <= capacity or len(pack) == 1
+        assert [r for r in rows if r in pack] == pack
+    assert made == packs(list(rows), tuple(lengths), capacity)
+    if rows:
+        assert all(made)
+        total = sum(lengths)
+        assert len(made) <= max(1, 2 * total / capacity + 1)  # first fit leaves at most one pack half empty
+        assert total > capacity or made == [rows]
+
+
+def test_first_fit_decreasing() -> None:
+    """A case by hand: 7 takes 3, 6 takes 4, so that two packs of 10 are full."""
+    assert packs([0, 1, 2, 3], [3, 4, 6, 7], 10) == [[0, 3], [1, 2]]
