@@ -8,7 +8,8 @@ __version__ = "0.1.0"
 __all__ = ["TrainConfig", "UserError", "__version__", "load_model", "load_tokenizer", "train"]
 
 if TYPE_CHECKING:
-    from minitune.checkpoint.weights import load_model, load_tokenizer
+    from minitune.checkpoint.tokenizer import load_tokenizer
+    from minitune.checkpoint.weights import load_model
     from minitune.config import TrainConfig, UserError
     from minitune.train.run import train
 

@@ -119,7 +119,12 @@ def declare_settings(parser: argparse.ArgumentParser, cls: type) -> None:
             metavar = "true|false"
         flags = [f"--{name}", *(f"--{a}" for a in spellings.get(name, []) if len(a) > 1)]
         action = group.add_argument(
-            flags[0], dest=name, default=argparse.SUPPRESS, metavar=metavar, help=field.metadata["help"] + shown, **extra
+            flags[0],
+            dest=name,
+            default=argparse.SUPPRESS,
+            metavar=metavar,
+            help=field.metadata["help"] + shown,
+            **extra,
         )
         for alias in flags[1:]:  # accepted, not shown
             parser._option_string_actions[alias] = action
@@ -127,8 +132,16 @@ def declare_settings(parser: argparse.ArgumentParser, cls: type) -> None:
 
 
 def _shown(default: Any) -> str:
-    return str(default).lower() if isinstance(default, bool) else (
-        ",".join(default) if isinstance(default, tuple) else f"{default:g}" if isinstance(default, float) else str(default)
+    return (
+        str(default).lower()
+        if isinstance(default, bool)
+        else (
+            ",".join(default)
+            if isinstance(default, tuple)
+            else f"{default:g}"
+            if isinstance(default, float)
+            else str(default)
+        )
     )
 
 
@@ -182,11 +195,13 @@ def declare_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a row: input_ids, labels")
     parser.add_argument("--rows", type=int, default=3, metavar="N", help="rows to show (without --json) [3]")
     parser.add_argument("--max_length", "--cutoff_len", default="512", help="tokens a row at most [512]")
-    parser.add_argument("--overlong", default="cut", metavar="cut|drop|error", help="what happens to a longer row [cut]")
+    parser.add_argument(
+        "--overlong", default="cut", metavar="cut|drop|error", help="what happens to a longer row [cut]"
+    )
     for name, (field, _) in flat_fields(TrainConfig).items():
         if name.startswith("template."):
             text = f"{field.metadata['help']} [{_shown(field.default)}]"
-            extra = {"const": "minicpm", "nargs": "?"} if name == "template.name" else {}
+            extra: dict[str, Any] = {"const": "minicpm", "nargs": "?"} if name == "template.name" else {}
             flags = ["--template", f"--{name}"] if name == "template.name" else [f"--{name}"]
             parser.add_argument(*flags, dest=name, default=argparse.SUPPRESS, help=text, metavar="VALUE", **extra)
 

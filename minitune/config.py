@@ -73,9 +73,7 @@ class TrainConfig:
     per_device_train_batch_size: int = setting(4, "rows a micro-step", group="optimisation")
     gradient_accumulation_steps: int = setting(4, "micro-steps a step", group="optimisation")
     tokens_per_step: int = setting(0, "a step's size in tokens instead of rows (0: rows)", group="optimisation")
-    learning_rate: float | None = setting(
-        None, "1e-4 for LoRA, 1e-5 for every parameter", group="optimisation"
-    )
+    learning_rate: float | None = setting(None, "1e-4 for LoRA, 1e-5 for every parameter", group="optimisation")
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = setting(
         "linear", "decay to zero, or none", group="optimisation"
     )
@@ -103,9 +101,7 @@ class TrainConfig:
     gradient_checkpointing: Literal["auto", "true", "false"] = setting(
         "auto", "recompute activations in backward to save memory", group="device"
     )
-    tokens_per_pack: int = setting(
-        8192, "tokens computed at once at most; a larger step accumulates", group="device"
-    )
+    tokens_per_pack: int = setting(8192, "tokens computed at once at most; a larger step accumulates", group="device")
 
     logging_steps: int = setting(10, "steps between log rows on the screen", group="output")
     save_steps: int = setting(0, "steps between checkpoints (0: at the end of each epoch)", group="output")

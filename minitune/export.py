@@ -170,7 +170,8 @@ def _stored_dtype(shards: Shards, empty: Decoder) -> torch.dtype:
     """The embedding's, which stands for the file; UserError where weights are not plain floating point."""
     from minitune.checkpoint.weights import DTYPES, EMBED, hub_parameters
 
-    for name in hub_parameters(empty):
+    wanted = hub_parameters(empty)
+    for name in filter(wanted.__contains__, shards.names()):
         kind = shards.get(name).dtype
         if kind not in DTYPES.values():
             raise UserError(
@@ -203,9 +204,7 @@ def _tokenizer(base: Path, run: Path | None) -> tuple[Any, Path | None]:
     return None, None
 
 
-def _template(
-    tokenizer: Any, source: dict[str, Any], run: Path | None, base: Path, report: Report
-) -> Template | None:
+def _template(tokenizer: Any, source: dict[str, Any], run: Path | None, base: Path, report: Report) -> Template | None:
     """The recorded template; None, with a note, where the base has no tokenizer or no template to record."""
     from minitune.data.template import Template
 
@@ -225,9 +224,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_tokenizer(
-    home: Path, part: Path, tokenizer: Any, template: Template | None, report: Report
-) -> None:
+def _write_tokenizer(home: Path, part: Path, tokenizer: Any, template: Template | None, report: Report) -> None:
     """The files as they are, but for the settings that name code, a class, or another chat template."""
     from minitune.checkpoint.folder import TOKENIZER_FILES
     from minitune.checkpoint.weights import read_json

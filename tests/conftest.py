@@ -14,8 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a CUDA card; skipped without one")
+def pytest_configure() -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         import torch
 

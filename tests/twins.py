@@ -72,7 +72,8 @@ def hub_twin(folder: Path, family: str = "granite", rope: str = "default", seed:
         model = GraniteForCausalLM(GraniteConfig(**{**settings, **SCALARS}))
     else:
         model = LlamaForCausalLM(LlamaConfig(**settings))
-    for name, parameter in model.named_parameters():  # norms start at one, which would hide a forgotten weight
+    # norms start at one, which would hide a forgotten weight
+    for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
             nn.init.uniform_(parameter, 0.5, 1.5)
     model.save_pretrained(folder)
@@ -86,7 +87,8 @@ def rows(seed: int, lengths: list[int], vocab: int = 97, ignore: int = 2) -> lis
     for length in lengths:
         ids = torch.randint(3, vocab, (length,), generator=generator).tolist()
         learned = (torch.rand(length, generator=generator) < 0.8).tolist()
-        labels = [i if keep and at >= ignore else -100 for at, (i, keep) in enumerate(zip(ids, learned, strict=True))]
+        learned[:ignore] = [False] * min(ignore, length)
+        labels = [i if keep else -100 for i, keep in zip(ids, learned, strict=True)]
         out.append(Encoded(ids, labels))
     return out
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from minitune.checkpoint.weights import read_json, save_tensors
 from minitune.config import UserError
 from minitune.model.decoder import Decoder
-from minitune.model.lora import LoraConfig, adapted, attach
+from minitune.model.lora import LoraConfig, adapted, attach, detach
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -25,7 +25,18 @@ REFUSED = {
     "layers_to_transform": "a choice of layers",
     "layer_replication": "replicated layers",
     "lora_bias": "bias terms",
+    "exclude_modules": "a list of exceptions",
+    "target_parameters": "bare parameters as targets",
+    "trainable_token_indices": "learned tokens",
+    "alora_invocation_tokens": "an adapter that starts at a token",
+    "use_qalora": "QA-LoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "arrow_config": "Arrow",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
 }
+# These starts change the base weights too, which the folder does not hold.
+CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def read_config(folder: str | Path) -> LoraConfig:
@@ -39,6 +50,9 @@ def read_config(folder: str | Path) -> LoraConfig:
     for name, meaning in REFUSED.items():
         if raw.get(name):
             raise UserError(f"{path}: {name} ({meaning}) is not supported")
+    start = raw.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(CHANGED_BASE):
+        raise UserError(f"{path}: init_lora_weights {start!r} is not supported: it changes the base weights")
     if raw.get("bias", "none") != "none":
         raise UserError(f"{path}: bias {raw['bias']!r} is not supported (supported: none)")
     targets = raw.get("target_modules")
@@ -46,14 +60,21 @@ def read_config(folder: str | Path) -> LoraConfig:
         raise UserError(f"{path}: target_modules is missing")
     try:
         return LoraConfig(
-            r=int(raw["r"]),
-            lora_alpha=raw["lora_alpha"],
+            r=int(_number(raw, "r")),
+            lora_alpha=_number(raw, "lora_alpha"),
             lora_dropout=float(raw.get("lora_dropout") or 0.0),
             target_modules=targets if isinstance(targets, str) else tuple(sorted(targets)),
             use_rslora=bool(raw.get("use_rslora")),
         )
-    except (KeyError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def _number(raw: dict[str, Any], name: str) -> float:
+    value = raw.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} is {value!r}; it takes a number")
+    return value
 
 
 def adapter_parameters(decoder: Decoder) -> dict[str, Tensor]:
@@ -77,12 +98,23 @@ def read_tensors(folder: str | Path) -> dict[str, Tensor]:
     old = Path(folder) / "adapter_model.bin"
     try:
         if not path.is_file() and old.is_file():
-            return torch.load(old, map_location="cpu", weights_only=True)
+            return _read_bin(old)
         return load_file(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: damaged ({str(error).splitlines()[0]})") from None
+
+
+def _read_bin(path: Path) -> dict[str, Tensor]:
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged or unsafe pickle
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: can't be read as plain weights ({reason[:120]})") from None
+    if not isinstance(held, dict) or not all(isinstance(t, Tensor) for t in held.values()):
+        raise UserError(f"{path}: holds something else than tensors by name")
+    return held
 
 
 def attach_saved(decoder: Decoder, folder: str | Path) -> dict[str, Tensor]:
@@ -95,8 +127,19 @@ def attach_saved(decoder: Decoder, folder: str | Path) -> dict[str, Tensor]:
         attach(decoder, config)
     except ValueError as error:
         raise UserError(f"{folder}: made for another model: {error}") from None
+    try:
+        return _fitting(decoder, folder)
+    except UserError:
+        detach(decoder)
+        raise
+
+
+def _fitting(decoder: Decoder, folder: str | Path) -> dict[str, Tensor]:
     saved, wanted = read_tensors(folder), adapter_parameters(decoder)
-    for kind, names in (("is missing", wanted.keys() - saved.keys()), ("fits nothing here", saved.keys() - wanted.keys())):
+    for kind, names in (
+        ("is missing", wanted.keys() - saved.keys()),
+        ("fits nothing here", saved.keys() - wanted.keys()),
+    ):
         if names:
             raise UserError(f"{folder}: made for another model: {min(names)} {kind} ({len(names)} such tensors)")
     for name, target in wanted.items():

@@ -130,7 +130,7 @@ def _minicpm_scalars(config: DecoderConfig) -> dict[str, float | int]:
 
 
 def _tidy(value: float, back: Callable[[float], float], wanted: float) -> float | int:
-    """`value` without the noise of its last digits where `back` gives `wanted` all the same; whole as an int."""
+    """`value` without its last digits' noise where `back` gives `wanted` all the same; whole as an int."""
     short = float(f"{value:.12g}")
     value = short if back(short) == wanted else value
     return int(value) if value == int(value) else value

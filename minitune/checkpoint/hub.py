@@ -98,8 +98,7 @@ def _snapshot(
             return found
     where = f" at revision {revision}" if revision else ""
     raise UserError(
-        f"{name}{where}: {' and '.join(reasons)}; "
-        "check the name and the network, or give a folder that holds the model"
+        f"{name}{where}: {' and '.join(reasons)}; check the name and the network, or give a folder that holds the model"
     )
 
 

@@ -20,11 +20,15 @@ STATE = "training_state.pt"
 
 def checkpoints(output: Path) -> list[Path]:
     """The run's checkpoints, oldest first."""
-    found = [p for p in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and (p / STATE).is_file()]
+    found = [
+        p for p in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and (p / STATE).is_file()
+    ]
     return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
 
 
-def save(output: Path, step: int, decoder: Decoder, base: Path, base_name: str, state: dict[str, Any], keep: int) -> Path:
+def save(
+    output: Path, step: int, decoder: Decoder, base: Path, base_name: str, state: dict[str, Any], keep: int
+) -> Path:
     """Writes checkpoint-`step`: what was learned, in its usual format, and `state`. Keeps the newest `keep`."""
     folder = output / f"checkpoint-{step}"
     with whole(folder) as part:

@@ -103,8 +103,7 @@ class ModelScope:
         kept = [cache / "models" / name.replace("/", "--"), cache / old, cache / "hub" / old]
         _must_fit(name, cache, sum(files[f].size for f in names), kept)
         listing = [
-            {"Path": f, "Sha256": files[f].sha256, **({"Size": files[f].size} if files[f].size else {})}
-            for f in names
+            {"Path": f, "Sha256": files[f].sha256, **({"Size": files[f].size} if files[f].size else {})} for f in names
         ]
         try:
             # Resumes across runs: a file grows as NAME.incomplete in the snapshot; its sha256 is checked.

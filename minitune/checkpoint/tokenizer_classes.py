@@ -47,9 +47,7 @@ class JsonTokenizer(TokenizersBackend):
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
         return "".join([*map(stream.push, ids), stream.flush()])
 
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, *args: Any, **settings: Any
-    ) -> tuple[str, ...]:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **settings: Any) -> tuple[str, ...]:
         files = super().save_pretrained(save_directory, *args, **settings)
         # The name that transformers 4 and 5 both know for "the file as it is".
         _patch_config(save_directory, tokenizer_class="PreTrainedTokenizerFast")
@@ -148,9 +146,7 @@ class SentencePieceTokenizer(SentencePieceBackend):
         parsing.split_special_tokens = False
         return super(SentencePieceTokenizer, parsing).apply_chat_template(*args, **settings)
 
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, *args: Any, **settings: Any
-    ) -> tuple[str, ...]:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **settings: Any) -> tuple[str, ...]:
         files = super().save_pretrained(save_directory, *args, **settings)
         _patch_config(
             save_directory,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from minitune.config import UserError
-from minitune.model.decoder import Decoder, DecoderConfig
+from minitune.model.decoder import Decoder, DecoderConfig, Layer
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -72,19 +71,16 @@ class Shards:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self._open = ExitStack()
         self._bins: dict[Path, dict[str, Tensor]] = {}
         self._safe: dict[Path, Any] = {}
         self.where: dict[str, Path] = {}
-        for stem, index in (("model.safetensors", True), ("pytorch_model.bin", True)):
-            if (self.folder / f"{stem}.index.json").is_file() and index:
-                weight_map = read_json(self.folder / f"{stem}.index.json").get("weight_map", {})
-                self.where = {name: self.folder / file for name, file in weight_map.items()}
-                self._check_files()
-                return
-            if (self.folder / stem).is_file():
-                path = self.folder / stem
+        for stem in ("model.safetensors", "pytorch_model.bin"):  # the order in which transformers looks
+            path, index = self.folder / stem, self.folder / f"{stem}.index.json"
+            if path.is_file():
                 self.where = dict.fromkeys(self._names(path), path)
+                return
+            if index.is_file():
+                self._read_index(index)
                 return
         raise UserError(f"{self.folder}: no weights (model.safetensors or pytorch_model.bin, whole or sharded)")
 
@@ -94,9 +90,13 @@ class Shards:
     def __exit__(self, *error: object) -> None:
         self._bins.clear()
         self._safe.clear()
-        self._open.close()
 
-    def _check_files(self) -> None:
+    def _read_index(self, index: Path) -> None:
+        weight_map = read_json(index).get("weight_map")
+        entries = weight_map if isinstance(weight_map, dict) else {}
+        if not entries or not all(isinstance(f, str) and Path(f).name == f for f in entries.values()):
+            raise UserError(f"{index}: weight_map does not name files of this folder; download it again")
+        self.where = {name: self.folder / file for name, file in entries.items()}
         files = sorted(set(self.where.values()))
         missing = [f.name for f in files if not f.is_file()]
         if missing:
@@ -109,7 +109,7 @@ class Shards:
 
         if path not in self._safe:
             try:
-                self._safe[path] = self._open.enter_context(safe_open(path, framework="pt"))
+                self._safe = {path: safe_open(path, framework="pt")}  # one at a time: the others are unmapped
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path}: damaged ({str(error).splitlines()[0]}); download it again") from None
         return self._safe[path]
@@ -118,10 +118,13 @@ class Shards:
         if path not in self._bins:
             self._bins.clear()  # one pickle at a time
             try:
-                self._bins[path] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except Exception as error:  # torch raises many kinds for a damaged or unsafe pickle
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 raise UserError(f"{path}: can't be read as plain weights ({reason[:120]})") from None
+            if not isinstance(held, dict) or not all(isinstance(t, Tensor) for t in held.values()):
+                raise UserError(f"{path}: holds something else than tensors by name")
+            self._bins[path] = held
         return self._bins[path]
 
     def _names(self, path: Path) -> list[str]:
@@ -151,6 +154,7 @@ def hub_parameters(decoder: Decoder) -> dict[str, Tensor]:
     if decoder.lm_head is not None:
         out[HEAD] = decoder.lm_head.weight
     for i, layer in enumerate(decoder.layers):
+        assert isinstance(layer, Layer)
         out[f"model.layers.{i}.input_layernorm.weight"] = layer.attn_norm.weight
         out[f"model.layers.{i}.post_attention_layernorm.weight"] = layer.mlp_norm.weight
     for linear in decoder.linears():
@@ -177,7 +181,10 @@ def _check_names(shards: Shards, wanted: dict[str, Tensor], tied: bool) -> None:
     have = {n for n in shards.where if not n.endswith("rotary_emb.inv_freq")}
     if tied:
         have.discard(HEAD)
-    for kind, names in (("is missing", wanted.keys() - have), ("is not part of this architecture", have - wanted.keys())):
+    for kind, names in (
+        ("is missing", wanted.keys() - have),
+        ("is not part of this architecture", have - wanted.keys()),
+    ):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             raise UserError(f"{shards.folder}: tensor {min(names)} {kind}{more}")
@@ -260,6 +267,9 @@ def write_safetensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_s
         size, total = size + bytes_, total + bytes_
     if held:
         flush()
+    # an older model's files would be read in place of these, by us or by others
+    for old in (*folder.glob("model-*-of-*.safetensors"), *folder.glob("model.safetensors*")):
+        old.unlink()
     if len(parts) == 1:
         parts[0][0].replace(folder / "model.safetensors")
         return

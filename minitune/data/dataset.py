@@ -104,5 +104,3 @@ def split(data: Dataset, fraction: float, seed: int) -> tuple[list[Encoded], lis
         [row for i, row in enumerate(data.rows) if i not in held],
         [row for i, row in enumerate(data.rows) if i in held],
     )
-
-

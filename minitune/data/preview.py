@@ -59,7 +59,7 @@ def visible(token: int, tokenizer: Any) -> str:
 
 
 def check(config: TrainConfig, tokenizer: Any = None, hub_config: dict[str, Any] | None = None) -> int:
-    """Says what the file holds; 1 where training on it would lose or spoil rows, 2 (UserError) where it can't be read."""
+    """Says what the file holds; returns 1 where training on it would lose or spoil rows. UserError: unreadable."""
     loaded = records.load(config.data, join=config.template.join)
     rows = loaded.conversations
     print(f"{config.data}: {len(rows):,} conversations ({loaded.form})")

@@ -10,7 +10,7 @@ What is served is what was trained: `prompt_ids` is a prefix of `encode` by cons
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -93,11 +93,9 @@ class Template:
     @staticmethod
     def choose(tokenizer: Any, config: TemplateConfig, hub_config: dict[str, Any]) -> Template:
         """The template to train with: the settings', with `auto` resolved by what the checkpoint is."""
-        from dataclasses import replace
-
         if config.name == "auto":
-            chosen = "minicpm" if is_minicpm(hub_config, tokenizer.chat_template) else "model"
-            config = replace(config, name=chosen)
+            minicpm = is_minicpm(hub_config, tokenizer.chat_template)
+            config = replace(config, name="minicpm" if minicpm else "model")
         return Template(tokenizer, config)
 
     @staticmethod
@@ -129,7 +127,7 @@ class Template:
         if not messages or messages[-1].role != "user":
             raise UserError("a prompt ends in a user's turn")
         if self.config.name == "minicpm" and not self.tuned:
-            return self._bos() + self._ids(self.official_text(messages))
+            return self._bos() + self._plain(self.official_text(messages))
         return [i for segment in self._segments(messages) for i in segment.ids]
 
     @property
@@ -143,8 +141,14 @@ class Template:
             f"{USER}{m.content.strip()}{ASSISTANT}" if m.role == "user" else m.content.strip() for m in messages
         )
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    def _plain(self, text: str) -> list[int]:
+        """Ids of what a person wrote: a special token spelled in it stays text and can't end a turn."""
+        return self._ids(text, split=True)
+
+    def _ids(self, text: str, split: bool = False) -> list[int]:
+        if not text:
+            return []
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=split)["input_ids"]
 
     def _bos(self) -> list[int]:
         bos = self.tokenizer.bos_token_id
@@ -161,10 +165,10 @@ class Template:
             if message.role == "system":
                 before += text(message)
             elif message.role == "user":
-                out.append(Segment(self._ids(f"{before}{USER}{text(message)}{ASSISTANT}"), answer=False))
+                out.append(Segment(self._plain(f"{before}{USER}{text(message)}{ASSISTANT}"), answer=False))
                 before = ""
             else:
-                out.append(Segment([*self._ids(text(message)), self.eos_id], True, message.learn))
+                out.append(Segment([*self._plain(text(message)), self.eos_id], True, message.learn))
         return out
 
     def _own(self, messages: Sequence[Turn]) -> list[Segment]:

@@ -21,14 +21,14 @@ def settings(output: Path) -> TrainConfig:
         model=MODEL,
         data=str(HERE / "persona.jsonl"),
         output=str(output),
-        num_train_epochs=4,
-        per_device_train_batch_size=8,
+        num_train_epochs=3,
+        per_device_train_batch_size=4,
         gradient_accumulation_steps=1,
         learning_rate=2e-3,
         lr_scheduler_type="cosine",
         warmup_steps=4,
         lora_r=16,
-        lora_dropout=0.05,
+        lora_dropout=0.0,
         lora_target_modules="all-linear",
         logging_steps=2,
         save_total_limit=1,
@@ -91,7 +91,7 @@ def answers(questions: list[str], adapter: Path | None) -> list[str]:
     from minitune.infer.chat import load
     from minitune.infer.sampling import Sampling
 
-    sampling = Sampling(temperature=0, max_new_tokens=64)
+    sampling = Sampling(temperature=0, max_new_tokens=72)
     chat = load(MODEL, str(adapter) if adapter else None, sampling=sampling, dtype="float32", device="cpu")
     out = []
     for question in questions:

@@ -1,4 +1,4 @@
-"""A conversation with a model: the session that holds it, and how a session is opened from what is on disk."""
+"""A conversation with a model: the session that holds it, and how one is opened from what is on disk."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Message:
 class Chat:
     """A session. `ask` streams an answer; `messages` is the history, `system` the text in front of it.
 
-    The prompt is always the template's, built from the messages anew, so that what is served is what was trained;
-    its longest common prefix with what the cache holds is not computed again. `finish` says why the last answer
-    ended: stop, length or context (see `generate`), or broken off by whoever read it.
+    The prompt is always the template's, built from the messages anew, so that what is served is what was
+    trained; its longest common prefix with what the cache holds is not computed again. `finish` says why the
+    last answer ended: stop, length or context (see `generate`), or broken off by whoever read it.
     """
 
     def __init__(
@@ -57,10 +57,10 @@ class Chat:
         self.messages.clear()
 
     def ask(self, text: str) -> Iterator[str]:
-        """Yields the answer's text as it comes; the turn enters the history as it was read, whole or broken off.
+        """Yields the answer's text as it comes; the turn enters the history as it was read, whole or not.
 
-        Raises UserError for an empty question and for a conversation that is too long for the model; the history
-        is then as before.
+        Raises UserError for an empty question and for a conversation that is too long for the model; the
+        history is then as before.
         """
         question = Message("user", printable(text))
         if not question.content.strip():
@@ -106,7 +106,7 @@ def base_of(adapter: str | Path) -> str:
 
 
 def same_model(one: str, other: str) -> bool:
-    """Whether two names mean one model: equal, one folder, or a folder that is called as the hub's model is."""
+    """Whether two names mean one model: equal, one folder, or a folder called as the hub's model is."""
     if one == other or os.path.realpath(one) == os.path.realpath(other):
         return True
     both_local = os.path.isdir(one) and os.path.isdir(other)
@@ -114,7 +114,7 @@ def same_model(one: str, other: str) -> bool:
 
 
 def which(model: str | None, adapter: str | None) -> tuple[str, str | None]:
-    """(model, adapter): the model defaults to the adapter's base; an adapter's folder may be given as the model."""
+    """(model, adapter): the model defaults to the adapter's base; an adapter may be given as the model."""
     from minitune.checkpoint.adapter import CONFIG
 
     if model and not adapter and (Path(model) / CONFIG).is_file() and not (Path(model) / "config.json").is_file():
@@ -175,9 +175,7 @@ def main(
 
     terminal.tolerate_bytes()
     model, adapter = which(model, adapter)
-    chat = load(
-        model, adapter, system=system or "", sampling=sampling, dtype=dtype, device=device, source=source
-    )
+    chat = load(model, adapter, system=system or "", sampling=sampling, dtype=dtype, device=device, source=source)
     if prompt is not None:
         return terminal.answer(chat, prompt)
     return terminal.converse(chat, f"{model} + {adapter}" if adapter else model)

@@ -24,7 +24,7 @@ class GrowingCache(KVCache):
         self.ids: list[int] = []
 
     def keep_prefix(self, prompt_ids: Sequence[int]) -> None:
-        """Forgets all behind the longest common prefix with a prompt; the prompt's last token is always run again."""
+        """Forgets all behind the longest common prefix with a prompt; its last token is always run again."""
         kept = 0
         for held, wanted in zip(self.ids, prompt_ids[:-1], strict=False):
             if held != wanted:
@@ -62,9 +62,13 @@ def _check(decoder: Decoder, prompt_ids: Sequence[int]) -> None:
     if not prompt_ids:
         raise ValueError("an empty prompt")
     if len(prompt_ids) >= limit:
-        raise UserError(f"the conversation has {len(prompt_ids)} tokens, the model reads fewer than {limit}; shorten it")
+        raise UserError(
+            f"the conversation has {len(prompt_ids)} tokens, the model reads fewer than {limit}; shorten it"
+        )
     if max(prompt_ids) >= vocab:
-        raise UserError(f"token {max(prompt_ids)} of the prompt is beyond the model's {vocab}: another model's tokenizer")
+        raise UserError(
+            f"token {max(prompt_ids)} of the prompt is beyond the model's {vocab}: another model's tokenizer"
+        )
 
 
 @torch.inference_mode()
@@ -79,8 +83,8 @@ def generate(
     """Yields the answer's token ids; returns why it ended (the value of `yield from`).
 
     "stop": one of `stop_ids` came (it is not yielded). "length": max_new_tokens. "context": the model's
-    max_position_embeddings are full. `cache` holds an earlier turn: of `prompt_ids` only what is not its prefix
-    is computed. Breaking off between tokens leaves the cache good. Raises UserError for a prompt that is too long.
+    max_position_embeddings are full. `cache` holds an earlier turn: only what `prompt_ids` do not share with
+    it is computed. Breaking off leaves the cache good. Raises UserError for a prompt that is too long.
     """
     _check(decoder, prompt_ids)
     if cache is None:

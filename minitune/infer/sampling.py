@@ -72,7 +72,10 @@ def candidates(logits_V: Tensor, history_ids: Sequence[int], sampling: Sampling)
         scores = scores.index_copy(0, seen, weaker)
     if sampling.temperature < 1e-6:  # nothing in float32 lies between
         return scores.max(0, keepdim=True)
-    scores, ids = (scores - scores.max()) / sampling.temperature, torch.arange(scores.numel(), device=scores.device)
+    scores, ids = (
+        (scores - scores.max()) / sampling.temperature,
+        torch.arange(scores.numel(), device=scores.device),
+    )
     if 0 < sampling.top_k < scores.numel():
         keep = scores >= scores.topk(sampling.top_k).values[-1]
         scores, ids = scores[keep], ids[keep]

@@ -19,14 +19,15 @@ if TYPE_CHECKING:
 INTERRUPTED = 130  # the shell's exit code after Ctrl-C
 HELP = r"""/clear            begin a new conversation
 /system TEXT      set the system text (none: take it away) and begin a new conversation
-/set NAME VALUE   temperature, top_p, top_k, min_p, repetition_penalty, max_new_tokens, seed (alone: show them)
+/set NAME VALUE   set temperature, top_p, top_k, min_p, repetition_penalty, max_new_tokens or seed
+/set              show them
 /help             this
 /exit             leave (or Ctrl-D)
 A \ at the end of a line continues the message on the next. Ctrl-C stops an answer."""
 
 
 def tolerate_bytes() -> None:
-    """Bytes that are not text in the streams' encoding become a replacement character instead of an exception."""
+    """Bytes that are no text in the streams' encoding become a replacement character, not an exception."""
     for stream in (sys.stdin, sys.stdout):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure:
@@ -41,7 +42,7 @@ def note(text: object, style: str = "dim") -> None:
 
 
 def answer(chat: Chat, text: str) -> int:
-    """Streams one answer to stdout, a newline behind it; says on stderr what cut it short. Returns the exit code."""
+    """Streams one answer and a newline to stdout; says on stderr what cut it. Returns the exit code."""
     pieces = cast(Generator[str, None, None], chat.ask(text))
     try:
         # Closed on the way out, whatever happened: what was read so far enters the history.

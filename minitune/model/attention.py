@@ -23,9 +23,9 @@ def choose_kernel(device: torch.device, dtype: torch.dtype) -> Kernel:
     """The fastest way that exists for this device and dtype."""
     if device.type == "cpu":
         return "documents"
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        if torch.cuda.get_device_capability(device)[0] >= 8:
-            return "varlen"
+    flash = dtype in (torch.bfloat16, torch.float16)
+    if flash and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8:
+        return "varlen"
     return "masked"
 
 
@@ -78,18 +78,14 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int
 
     if k.shape[1] != q.shape[1]:  # enable_gqa came after torch 2.11
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-    return varlen_attn(
-        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=(-1, 0)
-    )  # type: ignore[return-value]
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=(-1, 0))  # type: ignore[return-value]
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
     """[L, N, D], [M, K, D] -> [L, N, D]; causal where no mask is given."""
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
     gqa = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=gqa
-    )
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=gqa)
     return out[0].transpose(0, 1)
 
 

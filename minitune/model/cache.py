@@ -18,9 +18,7 @@ from minitune.model.decoder import DecoderConfig
 class KVCache:
     """Keys and values [layers, S, K, C, D] of S conversations of at most C tokens."""
 
-    def __init__(
-        self, config: DecoderConfig, slots: int, capacity: int, device: torch.device, dtype: torch.dtype
-    ):
+    def __init__(self, config: DecoderConfig, slots: int, capacity: int, device: torch.device, dtype: torch.dtype):
         shape = (config.num_hidden_layers, slots, config.num_key_value_heads, capacity, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
@@ -40,8 +38,8 @@ class CachedLayout:
         return replace(self, layer=index)
 
     def length_T(self, tokens: int) -> Tensor:
-        """Each new token's context, itself included, [T]."""
-        return torch.arange(self.start + 1, self.start + tokens + 1, device=self.cache.keys.device)
+        """The length of the conversation with all new tokens, for each of them, [T]."""
+        return torch.full((tokens,), self.start + tokens, device=self.cache.keys.device)
 
     def attend(self, q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, scale: float) -> Tensor:
         """Keeps the new keys and values, attends to all that the slot holds -> [T, N, D]."""

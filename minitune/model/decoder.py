@@ -75,7 +75,7 @@ class DecoderConfig:
         rope = dict(hub.get("rope_parameters") or hub.get("rope_scaling") or {})  # transformers 5 | 4
         theta = rope.pop("rope_theta", None) or hub.get("rope_theta") or 10000.0
         plain_rope = rope.get("rope_type", rope.get("type", "default")) == "default"
-        scalars: dict[str, float] = {}
+        scalars: dict[str, Any] = {}
         if family == "MiniCPMForCausalLM":  # absent keys mean the published class's defaults, which are 1
             scalars = {
                 "embedding_multiplier": float(hub.get("scale_emb", 1)),
@@ -207,7 +207,9 @@ class Decoder(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = (
+            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
         self.rope = config.rope()
         self.layer_forward = Layer.__call__
 

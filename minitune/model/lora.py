@@ -42,7 +42,8 @@ class LoraConfig:
             try:
                 re.compile(self.target_modules)
             except re.error as error:
-                raise ValueError(f"lora_target_modules {self.target_modules!r} is no regular expression: {error}") from None
+                bad = f"lora_target_modules {self.target_modules!r} is no regular expression"
+                raise ValueError(f"{bad}: {error}") from None
 
     @property
     def scale(self) -> float:
@@ -75,15 +76,17 @@ class Dropout:
 
     @staticmethod
     def at(seed: int, step_index: Tensor, token_uid_T: Tensor, p: float) -> Dropout:
-        """`token_uid_T` int64 names each token of the data set, wherever it is packed; `step_index` is a device scalar."""
+        """`token_uid_T` int64 names each token of the data set, wherever packed; `step_index` is a device scalar."""
         low_T = mix32((token_uid_T & 0xFFFFFFFF).to(torch.int32))
         high_T = (token_uid_T >> 32).to(torch.int32)
-        run = mix32(step_index.to(torch.int32) ^ mix32(torch.full_like(step_index, seed & 0x7FFFFFFF, dtype=torch.int32)))
+        run = mix32(
+            step_index.to(torch.int32) ^ mix32(torch.full_like(step_index, seed & 0x7FFFFFFF, dtype=torch.int32))
+        )
         return Dropout(mix32(low_T ^ high_T ^ run), p)
 
     def __call__(self, x_TI: Tensor, site: Tensor) -> Tensor:
         """`x` with a part `p` of it zero and the rest divided by 1 - p; `site` int32 names the place in the model."""
-        # the site is hashed too: `column ^ site` alone would give another site the same draws in another order
+        # the site is hashed too: with `column ^ site` alone, another site has the same draws in another order
         column_I = mix32(torch.arange(x_TI.shape[-1], device=x_TI.device, dtype=torch.int32) ^ mix32(site))
         keep_TI = mix32(self.key_T[:, None] ^ column_I) >= int(self.p * 2**32) - 2**31
         return x_TI * keep_TI.to(x_TI.dtype) * (1 / (1 - self.p))
@@ -92,7 +95,11 @@ class Dropout:
 class Lora(nn.Module):
     """The adapters of one fused linear. `parts`: (name, first row, last row + 1) of the linear's output."""
 
-    def __init__(self, parts: list[tuple[str, int, int]], out_features: int, in_features: int, config: LoraConfig, site: int):
+    site: Tensor
+
+    def __init__(
+        self, parts: list[tuple[str, int, int]], out_features: int, in_features: int, config: LoraConfig, site: int
+    ):
         super().__init__()
         self.parts, self.out_features, self.r, self.scale = tuple(parts), out_features, config.r, config.scale
         self.A = nn.Parameter(torch.empty(len(parts) * config.r, in_features, dtype=torch.float32))
@@ -144,7 +151,8 @@ def attach(model: Decoder, config: LoraConfig, seed: int = 0) -> list[nn.Paramet
     """
     linears, names = model.linears(), config.target_modules
     known = [linear.hub_name(n) for linear in linears for n, _, _ in linear.parts]
-    missing = [] if isinstance(names, str) else [t for t in names if not any(f".{n}".endswith(f".{t}") for n in known)]
+    listed = () if isinstance(names, str) else names
+    missing = [t for t in listed if not any(f".{n}".endswith(f".{t}") for n in known)]
     if missing:
         kinds = ", ".join(sorted({n.rpartition(".")[2] for n in known}))
         raise ValueError(f"no linear is called {', '.join(missing)} (there are {kinds})")
@@ -163,6 +171,13 @@ def attach(model: Decoder, config: LoraConfig, seed: int = 0) -> list[nn.Paramet
         parameters += [linear.lora.A, linear.lora.B]
     model.lora_config = config
     return parameters
+
+
+def detach(model: Decoder) -> None:
+    """Takes every adapter off, unmerged."""
+    for linear in model.linears():
+        linear.lora = None
+    model.lora_config = None
 
 
 def adapted(model: Decoder) -> list[Linear]:

@@ -13,13 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SUPPORTED = ("default", "linear", "dynamic", "longrope", "llama3")
+NEEDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+SUPPORTED = tuple(NEEDS)
 
 
 class Rope:
     """cos and sin of each position. `scaling` is the hub config's `rope_scaling` (or None).
 
-    Raises ValueError for a scaling type that is not supported.
+    Raises ValueError for a scaling type that is not supported, or that lacks a key.
     """
 
     def __init__(self, head_dim: int, theta: float, max_positions: int, scaling: dict[str, Any] | None):
@@ -30,6 +37,11 @@ class Rope:
             self.kind = "longrope"
         if self.kind not in SUPPORTED:
             raise ValueError(f"rope_scaling type {self.kind!r} is not supported (supported: {', '.join(SUPPORTED)})")
+        for key in NEEDS[self.kind]:
+            if self.scaling.get(key) is None:
+                raise ValueError(f"rope_scaling of type {self.kind!r} lacks {key}")
+            if self.kind == "longrope" and len(self.scaling[key]) != head_dim // 2:
+                raise ValueError(f"{key} has {len(self.scaling[key])} numbers, not {head_dim // 2}")
         self.amplitude = 1.0
         if self.kind == "longrope":
             self.original_max = int(self.scaling.get("original_max_position_embeddings") or max_positions)
@@ -63,7 +75,9 @@ class Rope:
                 inv_F = self._llama3(inv_F)
             tables: tuple[Tensor, ...] = (inv_F,)
             if self.kind == "longrope":
-                short, long = (torch.tensor(self.scaling[k], dtype=torch.float32) for k in ("short_factor", "long_factor"))
+                short, long = (
+                    torch.tensor(self.scaling[k], dtype=torch.float32) for k in ("short_factor", "long_factor")
+                )
                 tables = (inv_F / short, inv_F / long)
             self._tables[device] = tuple(t.to(device) for t in tables)
         return self._tables[device]

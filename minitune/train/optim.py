@@ -57,12 +57,11 @@ class AdamW:
             capturable=device.type == "cuda",
         )
 
-    def step(self, rate: float, divisor: Tensor, skip: Tensor) -> None:
-        """One update with gradients / `divisor` (float32 scalar); none at all where `skip` (float32 scalar) is 1.
+    def step(self, divisor: Tensor, skip: Tensor) -> None:
+        """One update at `rate` with gradients / `divisor` (float32 scalar); none at all where `skip` is 1.
 
         A skipped update leaves parameters, moments and step counts as they were.
         """
-        self.rate.fill_(rate)
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if master is not parameter:
                 master.grad = None if parameter.grad is None else parameter.grad.float()

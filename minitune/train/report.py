@@ -65,7 +65,7 @@ class Report:
             self.flush()
 
     def flush(self) -> None:
-        """Fetches the pending rows in one copy, writes and shows them. Raises Stopped for a value that is not finite."""
+        """Fetches the pending rows in one copy, writes and shows them. Stopped: a value was not finite."""
         if not self._pending:
             return
         fetched = torch.stack([torch.stack([r.loss, r.grad_norm, r.skipped]) for _, r in self._pending]).cpu().tolist()

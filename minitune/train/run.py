@@ -130,7 +130,7 @@ def prepare(config: TrainConfig) -> Prepared:
 
 
 def training_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 where the hardware multiplies it; on a CPU that does not, and for every parameter there, float32."""
+    """`auto`: bfloat16 where the hardware multiplies it; float32 on other CPUs, and for every parameter on any."""
     if config.dtype == "auto" and device.type == "cpu":
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if fast and config.method != "full" else torch.float32

@@ -76,28 +76,34 @@ class TrainStep:
         self.chunk = 256 if decoder.device.type == "cpu" else 2048
 
     def __call__(self, batch: StepBatch, rate: float) -> StepResult:
+        device = self.decoder.device
+        self.optimizer.rate.fill_(rate)
+        share = torch.full((), 1 / batch.supervised, device=device)
+        return self.run([pack.to(device) for pack in batch.packs], share)
+
+    def run(self, packs: list[Pack], share: Tensor) -> StepResult:
+        """Everything that happens on the device: what `graph.capture` records. `share` is 1 / supervised tokens."""
         loss = torch.zeros((), device=self.decoder.device)
-        for pack in batch.packs:
-            moved = pack.to(self.decoder.device)
-            part = pack_loss(self.decoder, moved, self._dropout(moved), self.chunk) / batch.supervised
+        for pack in packs:
+            part = pack_loss(self.decoder, pack, self._dropout(pack), self.chunk) * share
             (part if self.loss_scale is None else part * self.loss_scale.scale).backward()
             loss += part.detach()
-        return self._update(loss, rate)
+        return self._update(loss)
 
     def _dropout(self, pack: Pack) -> Dropout | None:
         if not self.dropout:
             return None
         return Dropout.at(self.seed, self.step_index, pack.token_uids, self.dropout)
 
-    def _update(self, loss: Tensor, rate: float) -> StepResult:
+    def _update(self, loss: Tensor) -> StepResult:
         grads = [p.grad for p in self.optimizer.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads, error_if_nonfinite=False).float()
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, torch.float32)))
         divisor = torch.ones_like(norm) if self.loss_scale is None else self.loss_scale.scale.clone()
         norm = norm / divisor
         if self.max_grad_norm:  # the Trainer's clipping: by max / (norm + 1e-6), never upwards
             divisor = divisor * ((norm + 1e-6) / self.max_grad_norm).clamp(min=1.0)
         skip = (~torch.isfinite(norm + loss)).float()
-        self.optimizer.step(rate, divisor, skip)
+        self.optimizer.step(divisor, skip)
         if self.loss_scale is not None:
             self.loss_scale.update(skip)
         self.optimizer.zero_grad()

@@ -129,9 +129,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         elif repo in self.server_state.private:
             self._json(403, {"Code": 10010103001, "Message": "forbidden", "Success": False})
         elif route == ["repo", "files"]:
-            listing = [
-                {"Path": n, "Type": "blob", "Size": len(c), "Sha256": _sha256(c)} for n, c in files.items()
-            ]
+            listing = [{"Path": n, "Type": "blob", "Size": len(c), "Sha256": _sha256(c)} for n, c in files.items()]
             self._json(200, {"Code": 200, "Success": True, "Data": {"Files": listing}})
         elif route == ["repo"]:
             name = query["FilePath"]
@@ -192,9 +190,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _json(self, status: int, content: object) -> None:
         self._send(status, json.dumps(content).encode(), **{"Content-Type": "application/json"})
 
-    def _send(
-        self, status: int, body: bytes, keep: int | None = None, wait: bool = False, **headers: str
-    ) -> None:
+    def _send(self, status: int, body: bytes, keep: int | None = None, wait: bool = False, **headers: str) -> None:
         self.send_response(status)
         for key, value in headers.items():
             self.send_header(key, value)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from twins import hub_twin, rewrite_config
 
+import minitune
 from minitune import UserError, load_model
 from minitune.checkpoint.weights import (
     Shards,
@@ -29,8 +30,8 @@ from minitune.checkpoint.weights import (
     read_config,
     write_safetensors,
 )
+from minitune.model.decoder import Decoder
 
-Golden = Callable[[str], Path]
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Q = "model.layers.1.self_attn.q_proj.weight"
 IDS = torch.tensor([[1, 9, 30, 4, 77, 12]])
@@ -40,7 +41,7 @@ IDS = torch.tensor([[1, 9, 30, 4, 77, 12]])
 def folder(tmp_path: Path) -> Path:
     """A small tied Granite checkpoint, as `transformers` saves it."""
     path = tmp_path / "model"
-    hub_twin(path, num_hidden_layers=2)
+    hub_twin(path, num_hidden_layers=2, tie_word_embeddings=True)
     return path
 
 
@@ -171,7 +172,7 @@ def test_no_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     refused(folder, str(folder), "no weights")
     (folder / "config.json").unlink()
-    refused(folder, "config.json")
+    refused(folder, str(folder))
 
 
 @pytest.mark.parametrize("held", [[torch.ones(2)], {EMBED: [1.0, 2.0]}, {"state_dict": {}}, torch.ones(3), {3: 4}])
@@ -245,7 +246,13 @@ def test_no_code_of_the_checkpoint_runs(folder: Path) -> None:
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "short_factor"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "low_freq_factor"),
         (
-            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 7, "long_factor": [1.0] * 8}},
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "short_factor": [1.0] * 7,
+                    "long_factor": [1.0] * 8,
+                }
+            },
             "short_factor",
         ),
     ],
@@ -399,43 +406,82 @@ def test_written_in_another_dtype(folder: Path) -> None:
 # Memory
 
 PEAK = """
-import sys, threading, time
+import sys
 from pathlib import Path
+import torch, safetensors.torch
 from minitune.checkpoint.weights import load_decoder
-import torch, torch.nn.functional, safetensors.torch
+
 torch.set_num_threads(1)
-def rss():
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["VmRSS"].split()[0]) << 10
-Path("/proc/self/clear_refs").write_text("5")
-before = rss()
-decoder = load_decoder(sys.argv[1], dtype="bfloat16", device="cpu")
-fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-print((int(fields["VmHWM"].split()[0]) << 10) - before, sum(p.numel() for p in decoder.parameters()))
+
+def status(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
+
+load_decoder(sys.argv[1] + "/warm", dtype="bfloat16", device="cpu")
+before = status("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+load_decoder(sys.argv[1], dtype="bfloat16", device="cpu")
+print(status("VmHWM") - before)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak memory counter")
-def test_float32_shards_load_into_bf16_without_a_second_copy(tmp_path: Path) -> None:
-    """Six float32 `.bin` shards of 16 MB into bf16: the peak is the bf16 model and about one mapped shard, far from
-    the float32 whole (96 MB more than the process before) that reading everything first would cost."""
+def constant_checkpoint(folder: Path, hidden: int, layers: int) -> int:
+    """A float32 MiniCPM of a `.bin` a layer; the number of parameters."""
     config = {
         "architectures": ["MiniCPMForCausalLM"],
         "vocab_size": 4096,
-        "hidden_size": 512,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 6,
+        "hidden_size": hidden,
+        "intermediate_size": 3 * hidden,
+        "num_hidden_layers": layers,
         "num_attention_heads": 8,
-        "max_position_embeddings": 128,
     }
-    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    from minitune.model.decoder import Decoder, DecoderConfig
-
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with torch.device("meta"):
-        shapes = {n: t.shape for n, t in hub_parameters(Decoder(DecoderConfig.from_hub(config))).items()}
-    weight_map, held, size = {}, {}, 0
-    for i, (name, shape) in enumerate(shapes.items()):
-        held[name] = torch.full(shape, 0.5)
-        size += held[name].numel() * 4
-        weight_map[name] = f"pytorch_model-{len(set(weight_map.values()) - {''}) if not held else len(set(weight_map.values())):05d}.bin"
-    raise NotImplementedError
+        shapes = {n: t.shape for n, t in hub_parameters(Decoder(read_config(folder))).items()}
+    shard_of = {n: n.split(".")[2] if ".layers." in n else "rest" for n in shapes}
+    for shard in set(shard_of.values()):
+        held = {n: torch.full(shape, 0.5) for n, shape in shapes.items() if shard_of[n] == shard}
+        torch.save(held, folder / f"pytorch_model-{shard}.bin")
+    index = {"weight_map": {n: f"pytorch_model-{shard}.bin" for n, shard in shard_of.items()}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return sum(shape.numel() for shape in shapes.values())
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's memory counters")
+@pytest.mark.parametrize("form", ["bin", "safetensors"])
+def test_one_large_file_is_mapped_not_read(tmp_path: Path, form: str) -> None:
+    """All tensors of a 40 MB file can be held and looked at without 40 MB of memory that the kernel can't drop."""
+
+    def anonymous() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+
+    held = {f"t{i}": torch.full((1 << 18,), float(i)) for i in range(40)}
+    if form == "bin":
+        torch.save(held, tmp_path / "pytorch_model.bin")
+    else:
+        save_file(held, tmp_path / "model.safetensors")
+    before = anonymous()
+    with Shards(tmp_path) as shards:
+        mapped = {name: shards.get(name) for name in shards.names()}
+        assert sum(t.sum().item() for t in mapped.values()) == sum(range(40)) << 18
+        assert anonymous() - before < 15e6
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's counter of peak memory")
+def test_float32_shards_load_into_bf16_without_a_second_copy(tmp_path: Path) -> None:
+    """The peak is the bf16 model (45 MB) and a mapped shard or two (14 MB each); a float32 copy of the whole, or
+    shards that stay mapped once read, would add 90 MB."""
+    parameters = constant_checkpoint(tmp_path, 512, 6)
+    constant_checkpoint(tmp_path / "warm", 8, 1)
+    environment = {**os.environ, "PYTHONPATH": str(Path(minitune.__file__).parents[1])}
+    ran = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
+    )
+    peak = int(ran.stdout)
+    assert 2 * parameters * 0.9 < peak < 2 * parameters + 40e6, f"{peak / 1e6:.0f} MB"

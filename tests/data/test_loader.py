@@ -30,7 +30,11 @@ def same(a: StepBatch, b: StepBatch) -> bool:
 
 
 @settings(max_examples=60, deadline=None)
-@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=7), seed=st.integers(0, 50), ignore=st.integers(0, 9))
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=7),
+    seed=st.integers(0, 50),
+    ignore=st.integers(0, 9),
+)
 def test_pack_is_an_independent_shift(lengths: list[int], seed: int, ignore: int) -> None:
     """predict and targets are row by row the shifted labels of an unpacked, padded computation."""
     data = rows(seed, lengths, ignore=ignore)
@@ -44,7 +48,10 @@ def test_pack_is_an_independent_shift(lengths: list[int], seed: int, ignore: int
     assert torch.equal(flat[pack.predict + 1], pack.targets)  # the target is the very next token of the pack
     assert pack.supervised == sum(r.supervised for r in data) == int((shifted != -100).sum())
     assert torch.equal(pack.position_ids, torch.cat([torch.arange(n) for n in lengths]))
-    assert pack.cu_seqlens.dtype == torch.int32 and pack.cu_seqlens.tolist() == [0, *itertools.accumulate(lengths)]
+    assert pack.cu_seqlens.dtype == torch.int32 and pack.cu_seqlens.tolist() == [
+        0,
+        *itertools.accumulate(lengths),
+    ]
     assert pack.lengths == tuple(lengths) and pack.tokens == len(flat)
     assert all(getattr(pack, n).dtype == torch.int64 for n in ("input_ids", "position_ids", "predict", "targets"))
 

@@ -47,9 +47,7 @@ def expected() -> list[list[tuple[str, str, bool]]]:
 
 
 def alpaca() -> list[dict[str, Any]]:
-    return [
-        {"system": "", **row, "history": history} for row, history in zip(ROWS, ROWS_HISTORY, strict=True)
-    ]
+    return [{"system": "", **row, "history": history} for row, history in zip(ROWS, ROWS_HISTORY, strict=True)]
 
 
 def in_form(form: str) -> list[dict[str, Any]]:
@@ -67,8 +65,7 @@ def in_form(form: str) -> list[dict[str, Any]]:
         ]
     if form == "messages":
         return [
-            {"messages": [{"role": role, "content": content} for role, content, _ in turns]}
-            for turns in expected()
+            {"messages": [{"role": role, "content": content} for role, content, _ in turns]} for turns in expected()
         ]
     names = {"user": "human", "assistant": "gpt"}
     return [
@@ -99,9 +96,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
         writer = csv.DictWriter(out, list(rows[0]))
         writer.writeheader()
         for row in rows:
-            cells = {
-                k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in row.items()
-            }
+            cells = {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in row.items()}
             writer.writerow(cells)
         path.write_bytes(out.getvalue().encode())
     return path
@@ -236,9 +231,7 @@ def test_prompt_completion_and_json_wrappers(tmp_path: Path) -> None:
     want = [[("user", "q", False), ("assistant", "a", True)]]
     wrapped: list[Any] = [{"data": [row]}, {"version": "1.0", "train": [row], "size": 1}, row]
     wrapped.append({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]})
-    wrapped.append(
-        {"id": "7", "conversations": [{"from": "user", "value": "q"}, {"from": "gpt", "value": "a"}]}
-    )
+    wrapped.append({"id": "7", "conversations": [{"from": "user", "value": "q"}, {"from": "gpt", "value": "a"}]})
     for holder in wrapped:
         path = tmp_path / "x.json"
         path.write_text(json.dumps(holder), encoding="utf-8")
@@ -504,9 +497,7 @@ BAD_FILES: list[tuple[str, bytes, list[str]]] = [
 
 
 @pytest.mark.parametrize(("name", "data", "musts"), BAD_FILES)
-def test_a_bad_file_is_refused_with_its_place(
-    tmp_path: Path, name: str, data: bytes, musts: list[str]
-) -> None:
+def test_a_bad_file_is_refused_with_its_place(tmp_path: Path, name: str, data: bytes, musts: list[str]) -> None:
     """Syntax and shape: the message names file, place and mend."""
     if name.endswith("parquet"):
         pytest.importorskip("pyarrow", reason="pyarrow is not installed")
@@ -534,9 +525,7 @@ def test_json_cut_anywhere_is_called_cut_short(tmp_path: Path) -> None:
 def test_other_encodings_are_named(tmp_path: Path, suffix: str) -> None:
     """GBK, UTF-16, Latin-1, damage and a cut character: byte, line, and the way out that fits each."""
     path = tmp_path / f"data{suffix}"
-    text = write(path, [{"instruction": "ok", "input": "", "output": "ok"}, *ROWS[:1]]).read_text(
-        encoding="utf-8"
-    )
+    text = write(path, [{"instruction": "ok", "input": "", "output": "ok"}, *ROWS[:1]]).read_text(encoding="utf-8")
     at = len(text[: text.index("你")].encode())
     line = text[: text.index("你")].count("\n") + 1
     path.write_bytes(text.encode("gbk"))

@@ -117,47 +117,47 @@ def test_the_penalty_knows_the_prompt_and_the_answer(tiny: Decoder, row: list[in
     assert len({*answer, *row[:8]}) == 48
 
 
-def test_a_later_turn_reuses_the_common_prefix(
-    tiny: Decoder, row: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_later_turn_reuses_the_common_prefix(tiny: Decoder, row: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """The same tokens as from scratch, while only what is new is computed; also after another answer or a break."""
-    cache = GrowingCache(tiny)
-    first = list(generate(tiny, row[:8], (), GREEDY, cache=cache))
+    cache, few = GrowingCache(tiny), Sampling(temperature=0, max_new_tokens=5)
+    kept = row[:8] + list(generate(tiny, row[:8], (), few, cache=cache))
     lengths = count_tokens(tiny, monkeypatch)
-    kept = row[:8] + first
-    cases = {
-        "goes on": (kept + row[8:12], 1 + 4),  # the answer's last token was yielded, not run
-        "differs inside": (row[:5] + [7, 9, 11], 3),
-        "is a prefix": (row[:4], 1),
-        "shares nothing": ([77, *row[:6]], 7),
-    }
-    for name, (prompt, new) in cases.items():
-        expected = list(generate(tiny, prompt, (), GREEDY))
+    cases = [
+        (kept + row[8:12], 1 + 4),  # goes on: the answer's last token was yielded, not run
+        (row[:5] + [7, 9, 11], 3),  # differs inside
+        (row[:4], 1),  # is a prefix: its last token gives the scores
+        ([77, *row[:6]], 7),  # shares nothing
+    ]
+    for prompt, new in cases:
+        expected = list(generate(tiny, prompt, (), few))
         list(generate(tiny, kept[:-1], (), Sampling(temperature=0, max_new_tokens=1), cache=cache))
         lengths.clear()
-        assert list(generate(tiny, prompt, (), GREEDY, cache=cache)) == expected, name
-        assert lengths[0] == (new if name != "goes on" else new), name
-        assert lengths[1:] == [1] * 15
+        assert list(generate(tiny, prompt, (), few, cache=cache)) == expected
+        assert lengths == [new, 1, 1, 1, 1]
     run = generate(tiny, kept, (), GREEDY, cache=cache)
     broken = [next(run) for _ in range(3)]
     run.close()
     assert cache.ids == kept + broken[:2]
-    assert list(generate(tiny, kept, (), GREEDY, cache=cache)) == list(generate(tiny, kept, (), GREEDY))
+    assert list(generate(tiny, kept, (), few, cache=cache)) == list(generate(tiny, kept, (), few))
 
 
 def test_the_cache_grows_in_blocks_up_to_the_models_end(
     tiny: Decoder, row: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Never the whole length at once, never beyond it; what is held survives growth (tokens equal)."""
-    expected = list(generate(tiny, row[:8], (), Sampling(temperature=0, max_new_tokens=120)))
-    monkeypatch.setattr(room, "BLOCK", 48)
-    cache, seen = GrowingCache(tiny), []
-    for _ in (run := generate(tiny, row[:8], (), Sampling(temperature=0, max_new_tokens=120), cache=cache)):
-        seen.append(cache.capacity)
-    assert list(dict.fromkeys(seen)) == [48, 96, 128]
-    assert cache.keys.shape[3] == cache.values.shape[3] == 128
-    assert cache.ids[8:] == expected[:-1]
-    run.close()
+    prompt, some = (row * 5)[:100], Sampling(temperature=0, max_new_tokens=20)
+    expected = list(generate(tiny, prompt, (), some))
+    monkeypatch.setattr(room, "BLOCK", 60)
+    cache = GrowingCache(tiny)
+    sizes = []
+    for length in (50, 61, 100):
+        list(generate(tiny, prompt[:length], (), Sampling(max_new_tokens=1), cache=cache))
+        sizes.append(cache.capacity)
+    answer = list(generate(tiny, prompt, (), some, cache=cache))
+    assert [*sizes, cache.capacity] == [60, 120, 120, 120]
+    assert answer == expected
+    list(generate(tiny, prompt + answer, (), some, cache=cache))
+    assert cache.capacity == cache.keys.shape[3] == cache.values.shape[3] == 128
 
 
 def test_the_caller_is_not_in_inference_mode(tiny: Decoder, row: list[int]) -> None:

@@ -17,7 +17,10 @@ def theirs(logits_V: Tensor, history: list[int], s: Sampling) -> Tensor:
     """transformers' probabilities [V]."""
     from transformers.generation import logits_process as hf
 
-    steps = [hf.RepetitionPenaltyLogitsProcessor(s.repetition_penalty), hf.TemperatureLogitsWarper(s.temperature)]
+    steps = [
+        hf.RepetitionPenaltyLogitsProcessor(s.repetition_penalty),
+        hf.TemperatureLogitsWarper(s.temperature),
+    ]
     if s.top_k:
         steps.append(hf.TopKLogitsWarper(s.top_k))
     if s.top_p < 1:

@@ -70,7 +70,11 @@ def test_masked_with_padding() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=8), slots=st.integers(0, 3), pad=st.integers(0, 4))
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=8),
+    slots=st.integers(0, 3),
+    pad=st.integers(0, 4),
+)
 def test_document_ids_and_lengths(lengths: list[int], slots: int, pad: int) -> None:
     """Each token knows its document and that document's length; padding belongs to no document."""
     packed = layout(lengths, "masked", slots)

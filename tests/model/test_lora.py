@@ -131,7 +131,13 @@ def test_start_is_pefts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("targets", "rslora"),
-    [(ALL, False), (("q_proj", "v_proj"), True), (("k_proj",), False), (("gate_proj", "o_proj"), False), (("up_proj",), True)],
+    [
+        (ALL, False),
+        (("q_proj", "v_proj"), True),
+        (("k_proj",), False),
+        (("gate_proj", "o_proj"), False),
+        (("up_proj",), True),
+    ],
 )
 def test_equals_peft(tmp_path: Path, targets: tuple[str, ...], rslora: bool) -> None:
     """Logits, loss, and A's and B's gradients of PEFT on the same weights; whole and partial fused linears."""
@@ -315,3 +321,17 @@ def test_dropout_reaches_the_adapter_only(tmp_path: Path) -> None:
         for _, a, b, o in lora.rows():
             want[:, o] = want[:, o] + 2 * seen @ lora.A[a].T @ lora.B[b].T
         torch.testing.assert_close(linear(x, dropout), want)
+
+
+@pytest.mark.gpu
+def test_dropout_is_the_same_on_a_card() -> None:
+    """The CPU's mask, eager and compiled, for rows beyond 32 bits too."""
+    uids, site = torch.arange(300) + (777 << 24), torch.tensor(9, dtype=torch.int32)
+    want = keep_mask(5, 3, uids, 9)
+
+    def draw(dropout: Dropout) -> Tensor:
+        return dropout(torch.ones(300, COLUMNS, device="cuda"), site.cuda()) != 0
+
+    dropout = Dropout.at(5, torch.tensor(3, device="cuda"), uids.cuda(), P)
+    assert torch.equal(draw(dropout).cpu(), want)
+    assert torch.equal(torch.compile(draw)(dropout).cpu(), want)

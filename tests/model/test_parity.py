@@ -121,9 +121,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("family", "rope", "tied", "kv", "lengths"), CASES)
-def test_equals_transformers(
-    tmp_path: Path, family: str, rope: str, tied: bool, kv: int, lengths: list[int]
-) -> None:
+def test_equals_transformers(tmp_path: Path, family: str, rope: str, tied: bool, kv: int, lengths: list[int]) -> None:
     """Logits, loss and every gradient of Llama and Granite with non-neutral scalars; documents of mixed lengths in
     one pack, some longer than the original maximum, equal each of them alone."""
     hub = hub_twin(tmp_path, family, rope, tie_word_embeddings=tied, num_key_value_heads=kv)

@@ -42,7 +42,12 @@ def test_loss_and_gradients(rows: int, chunk: int, learns: tuple[bool, bool]) ->
 
 
 @settings(max_examples=60, deadline=None)
-@given(rows=st.integers(0, 40), chunk=st.integers(1, 45), seed=st.integers(0, 99), ignored=st.sampled_from([0, 0.5, 1]))
+@given(
+    rows=st.integers(0, 40),
+    chunk=st.integers(1, 45),
+    seed=st.integers(0, 99),
+    ignored=st.sampled_from([0, 0.5, 1]),
+)
 def test_chunks_change_nothing(rows: int, chunk: int, seed: int, ignored: float) -> None:
     """Any chunk size gives the loss of one chunk, with and without gradients, empty and all-ignored input too."""
     h, weight, targets = case(rows, seed, ignored)

@@ -1,0 +1,160 @@
+"""The same step, compiled and captured: one CUDA graph a capacity, replayed with each batch's numbers.
+
+`capture(step, batches)` returns a callable of the plain step's signature. A capacity is a number of tokens, of
+documents and of supervised positions; a batch runs in the smallest one that holds it, padded with one more document
+that nothing is learned from. What no capacity holds runs through the plain step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minitune.data.loader import Pack, StepBatch
+from minitune.model.decoder import Layer
+from minitune.train.step import StepResult, TrainStep
+
+TOKENS, POSITIONS = 128, 64  # what capacities are multiples of
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """tokens, documents (the padding's included) and supervised positions of a captured step."""
+
+    tokens: int
+    documents: int
+    positions: int
+
+    def holds(self, pack: Pack) -> bool:
+        # one document is the padding's
+        return pack.tokens <= self.tokens and len(pack.lengths) < self.documents and pack.supervised <= self.positions
+
+
+def capacities(sizes: Sequence[tuple[int, int, int]], most: int = 6) -> list[Capacity]:
+    """Capacities for packs of these (tokens, documents, supervised) sizes: every multiple of 128 tokens that occurs,
+    thinned to `most` so that the padding grows least. Largest first."""
+    if not sizes:
+        return []
+    rounded = [-(-tokens // TOKENS) * TOKENS for tokens, _, _ in sizes]
+    edges = sorted(set(rounded))
+    while len(edges) > most:
+        cost = [(edges[i + 1] - edges[i]) * sum(r == edges[i] for r in rounded) for i in range(len(edges) - 1)]
+        i = cost.index(min(cost))
+        rounded = [edges[i + 1] if r == edges[i] else r for r in rounded]
+        del edges[i]
+    documents = max(d for _, d, _ in sizes) + 1
+    out = []
+    for edge in edges:
+        supervised = max(s for (_, _, s), r in zip(sizes, rounded, strict=True) if r == edge)
+        out.append(Capacity(edge, documents, -(-supervised // POSITIONS) * POSITIONS))
+    return out[::-1]
+
+
+class _Graph:
+    """One captured capacity: static inputs, the graph, static outputs."""
+
+    def __init__(self, step: TrainStep, capacity: Capacity, share: Tensor):
+        self.capacity, self.share = capacity, share
+        T, S, P = capacity.tokens, capacity.documents, capacity.positions
+        device = step.decoder.device
+        # One copy carries all of a batch's numbers: ids | positions | uids | predict | targets | cu_seqlens.
+        self.host = torch.zeros(3 * T + 2 * P + S + 1, dtype=torch.int64).pin_memory()
+        self.blob = torch.zeros_like(self.host, device=device)
+        self.parts = (T, T, T, P, P, S + 1)
+        ids, positions, uids, predict, targets, cu = self.blob.split(self.parts)
+        self.cu = torch.zeros(S + 1, dtype=torch.int32, device=device)
+        self.cu_source = cu
+        self.pack = Pack(ids, positions, uids, self.cu, predict, targets, lengths=(T,), supervised=P)
+        self.graph = torch.cuda.CUDAGraph()
+        self.out: Tensor | None = None
+        self.copied = torch.cuda.Event()
+
+    def fill(self, pack: Pack) -> None:
+        """Lays the pack into the static inputs; the rest becomes one document of padding."""
+        self.copied.synchronize()  # the last copy out of the pinned buffer, long done
+        T = self.capacity.tokens
+        ids, positions, uids, predict, targets, cu = self.host.split(self.parts)
+        n, p, s = pack.tokens, pack.supervised, len(pack.lengths)
+        ids[:n], positions[:n], uids[:n] = pack.input_ids, pack.position_ids, pack.token_uids
+        ids[n:], positions[n:], uids[n:] = 0, torch.arange(T - n), -1
+        predict[:p], targets[:p] = pack.predict, pack.targets
+        predict[p:], targets[p:] = 0, -100
+        cu[: s + 1] = pack.cu_seqlens
+        cu[s + 1 :] = T
+        self.blob.copy_(self.host, non_blocking=True)
+        self.copied.record()
+        self.share.fill_(1 / max(1, pack.supervised))
+
+    def run(self, step: TrainStep) -> Tensor:
+        """The recorded work."""
+        self.cu.copy_(self.cu_source)
+        result = step.run([self.pack], self.share)
+        return torch.stack([result.loss, result.grad_norm, result.skipped])
+
+
+class CapturedStep:
+    """See `capture`."""
+
+    def __init__(self, step: TrainStep, sizes: Sequence[Capacity]):
+        self.step = step
+        self.share = torch.zeros((), device=step.decoder.device)
+        self.graphs = [_Graph(step, capacity, self.share) for capacity in sizes]
+        self.plain_steps = 0
+
+    def record(self, samples: Sequence[Pack]) -> None:
+        """Warms up (compiles) and captures, largest first, in one memory pool.
+
+        The warm-up's loss is made NaN, and the gate that keeps bad values out leaves all that learns as it was.
+        """
+        step, pool = self.step, torch.cuda.graph_pool_handle()
+        index, scale = step.step_index.clone(), step.loss_scale and step.loss_scale.state_dict()
+        kept = {k: v.clone() for k, v in scale.items()} if scale else None
+        side = torch.cuda.Stream()
+        for graph, sample in zip(self.graphs, samples, strict=True):
+            graph.fill(sample)
+            self.share.fill_(float("nan"))
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                graph.run(step)
+            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.synchronize()
+        step.step_index.copy_(index)
+        if step.loss_scale is not None and kept is not None:
+            step.loss_scale.load_state_dict(kept)
+        torch.cuda.empty_cache()
+        for graph in self.graphs:
+            with torch.cuda.graph(graph.graph, pool=pool):
+                graph.out = graph.run(step)
+
+    def __call__(self, batch: StepBatch, rate: float) -> StepResult:
+        graph = self._graph_for(batch)
+        if graph is None:
+            self.plain_steps += 1
+            return self.step(batch, rate)
+        graph.fill(batch.packs[0])
+        self.step.optimizer.rate.fill_(rate)
+        graph.graph.replay()
+        assert graph.out is not None
+        loss, norm, skipped = graph.out.clone()
+        return StepResult(loss, norm, skipped)
+
+    def _graph_for(self, batch: StepBatch) -> _Graph | None:
+        if len(batch.packs) != 1:
+            return None
+        fitting = [g for g in self.graphs if g.capacity.holds(batch.packs[0])]
+        return min(fitting, key=lambda g: g.capacity.tokens) if fitting else None
+
+
+def compile_layers(step: TrainStep) -> None:
+    """One compiled layer for all layers and every number of tokens."""
+    step.decoder.layer_forward = torch.compile(Layer.forward, dynamic=True, fullgraph=True)  # type: ignore[assignment]
+
+
+def capture(step: TrainStep, sizes: Sequence[Capacity], samples: Sequence[Pack]) -> CapturedStep:
+    """Compiles and captures `step` for these capacities; `samples` are packs that fit them, one each."""
+    captured = CapturedStep(step, sizes)
+    captured.record(samples)
+    return captured
