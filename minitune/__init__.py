@@ -18,11 +18,14 @@ _HOME = {
     "UserError": "minitune.config",
     "load_model": "minitune.checkpoint.weights",
     "load_tokenizer": "minitune.checkpoint.tokenizer",
-    "train": "minitune.train.run",
 }
 
 
 def __getattr__(name: str) -> Any:  # lazy: `minitune --help` must not wait for torch
+    if name == "train":  # the package itself, which can be called
+        import minitune.train
+
+        return minitune.train
     if name not in _HOME:
         raise AttributeError(f"module 'minitune' has no attribute {name!r}")
     import importlib

@@ -52,11 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno in (28, 122):
             print(f"minitune: {error.filename or 'output'}: no space left on the disk", file=sys.stderr)
-            return 2
-        if isinstance(error, PermissionError):
-            print(f"minitune: {error.filename}: permission denied", file=sys.stderr)
-            return 2
-        raise
+        elif error.filename:  # a folder where a file is needed, no permission, a disk that can only be read, …
+            print(f"minitune: {error.filename}: {(error.strerror or str(error)).lower()}", file=sys.stderr)
+        else:
+            raise
+        return 2
 
 
 def run(argv: list[str]) -> int:

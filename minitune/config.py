@@ -166,7 +166,11 @@ def parse_value(name: str, value: Any, kind: Any, where: str) -> Any:
         if text in ("false", "0", "no", "off"):
             return False
         raise UserError(f"{where}: {name} is {value!r}; it takes true or false")
+    if kind is str:  # YAML's own words for nothing, yes and no
+        return "" if value is None or value is False else "true" if value is True else str(value)
     try:
+        if isinstance(value, bool):
+            raise ValueError
         if kind is int and not isinstance(value, int):
             number = float(value)
             if number != int(number):

@@ -63,6 +63,19 @@ def _part(part: Path, folder: Path) -> Iterator[Path]:
         raise
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all. A full disk is a UserError."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except BaseException as error:
+        part.unlink(missing_ok=True)
+        if is_full_disk(error):
+            raise UserError(f"{path}: no space left on the disk; free some and start again") from None
+        raise
+
+
 def is_full_disk(error: BaseException) -> bool:
     """Whether this is a full disk, also in the words of safetensors (no errno) and torch."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from minitune.checkpoint import adapter
-from minitune.checkpoint.folder import save_hub_folder, whole
+from minitune.checkpoint.folder import whole
 from minitune.checkpoint.weights import Shards, hub_parameters
 from minitune.config import UserError
 from minitune.model.decoder import Decoder
 
 STATE = "training_state.pt"
+NEWEST = ("auto", "true")  # what --resume says without a folder
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -26,40 +29,44 @@ def checkpoints(output: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
 
 
-def save(
-    output: Path, step: int, decoder: Decoder, base: Path, base_name: str, state: dict[str, Any], keep: int
-) -> Path:
-    """Writes checkpoint-`step`: what was learned, in its usual format, and `state`. Keeps the newest `keep`."""
-    folder = output / f"checkpoint-{step}"
-    with whole(folder) as part:
-        if decoder.lora_config is not None:
-            adapter.save_adapter(decoder, part, base_name)
-        else:
-            save_hub_folder(decoder, base, part)
+@contextmanager
+def saved(output: Path, step: int, state: dict[str, Any], keep: int) -> Iterator[Path]:
+    """checkpoint-`step`: yields the folder to write what was learned into, adds `state`, keeps the newest `keep`."""
+    with whole(output / f"checkpoint-{step}") as part:
+        yield part
         torch.save(state, part / STATE)
-    for old in checkpoints(output)[: -max(1, keep)]:
+    left_by_a_kill = output.glob(".checkpoint-*")
+    for old in [*checkpoints(output)[: -max(1, keep)], *left_by_a_kill]:
         shutil.rmtree(old, ignore_errors=True)
-    return folder
 
 
-def find(output: Path, resume: str) -> Path:
-    """The folder to go on from: `auto` is the newest checkpoint of the run. UserError where there is none."""
-    if resume not in ("auto", "true"):
-        folder = Path(resume)
-        inner = checkpoints(folder) if folder.is_dir() and not (folder / STATE).is_file() else []
-        folder = inner[-1] if inner else folder
-        if not (folder / STATE).is_file():
-            raise UserError(f"{resume}: no checkpoint there ({STATE} is missing)")
-        return folder
-    found = checkpoints(output)
-    if not found:
-        raise UserError(f"{output}: no checkpoint to go on from; start without --resume")
-    return found[-1]
+def newest(output: Path) -> Path | None:
+    """The run's last checkpoint."""
+    return next(reversed(checkpoints(output)), None)
+
+
+def find(resume: str) -> Path:
+    """The checkpoint that a user named: its folder, or the newest of a run's. UserError where there is none."""
+    folder = Path(resume)
+    found = folder if (folder / STATE).is_file() else newest(folder)
+    if found is None:
+        raise UserError(f"{resume}: no checkpoint there ({STATE} is missing)")
+    return found
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What `saved` was given."""
+    try:
+        state: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
+        raise UserError(f"{folder / STATE}: damaged ({reason}); use an older one") from None
+    return state
 
 
 @torch.no_grad()
-def load(folder: Path, decoder: Decoder) -> dict[str, Any]:
-    """Puts what was learned back into the decoder (an adapter must be attached already); returns the state."""
+def load_weights(folder: Path, decoder: Decoder) -> None:
+    """Puts what was learned back into the decoder; an adapter must be attached already."""
     if decoder.lora_config is not None:
         saved, wanted = adapter.read_tensors(folder), adapter.adapter_parameters(decoder)
         if saved.keys() != wanted.keys():
@@ -69,8 +76,4 @@ def load(folder: Path, decoder: Decoder) -> dict[str, Any]:
     else:
         with Shards(folder) as shards:
             for name, target in hub_parameters(decoder).items():
-                target.copy_(shards.get(name))
-    try:
-        return torch.load(folder / STATE, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"{folder / STATE}: damaged ({str(error).splitlines()[0][:100]}); use an older one") from None
+                target.copy_(shards.get(name, target.shape))

@@ -210,8 +210,7 @@ def load_decoder(folder: str | Path, dtype: str = "auto", device: str = "auto") 
     kind = choose_dtype(dtype, place)
     with Shards(folder) as shards:
         decoder = skeleton(shards)
-        # to_empty alone would first allocate float32
-        decoder.to(kind).to_empty(device=place).requires_grad_(False)
+        decoder.allocate(place, kind)
         wanted = hub_parameters(decoder)
         for name in shards.names():
             if name in wanted:

@@ -24,7 +24,7 @@ class Pack:
     input_ids, position_ids, token_uids: int64 [T]; positions restart with each document; a token's uid is its row's
     number in the data set and its place in the row, wherever it is packed. cu_seqlens: int32 [S + 1].
     predict, targets: int64 [P]: the logits at token `predict[i]` should say `targets[i]` (-100: padding).
-    lengths: the documents' lengths on the host. supervised: targets that count.
+    lengths: the documents' lengths on the host. supervised: targets that count. longest: a bound of the lengths.
     """
 
     input_ids: Tensor
@@ -35,6 +35,7 @@ class Pack:
     targets: Tensor
     lengths: tuple[int, ...]
     supervised: int
+    longest: int
 
     @property
     def tokens(self) -> int:
@@ -44,7 +45,7 @@ class Pack:
         """The same on a device; the copy does not wait."""
         names = ("input_ids", "position_ids", "token_uids", "cu_seqlens", "predict", "targets")
         moved = {n: getattr(self, n).to(device, non_blocking=True) for n in names}
-        return Pack(**moved, lengths=self.lengths, supervised=self.supervised)
+        return Pack(**moved, lengths=self.lengths, supervised=self.supervised, longest=self.longest)
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def make_pack(rows: Sequence[Encoded], numbers: Sequence[int], pin: bool = False
 
     return Pack(
         tensor(ids), tensor(positions), tensor(uids), tensor(cu, torch.int32), tensor(predict), tensor(targets),
-        lengths, len(targets),
+        lengths, len(targets), max(lengths, default=0),
     )  # fmt: skip
 
 

@@ -35,25 +35,32 @@ def show(config: TrainConfig, tokenizer: Any, hub_config: dict[str, Any], rows: 
 
 
 def coloured(row: Encoded, tokenizer: Any) -> Any:
-    """The row token by token; special tokens and white space made visible."""
+    """The row token by token; special tokens and white space made visible, a character of several tokens as one."""
     from rich.text import Text
 
-    out = Text()
+    out, held = Text(), []
     special = set(tokenizer.all_special_ids)
     for token, label in zip(row.input_ids, row.labels, strict=True):
-        piece = tokenizer.convert_ids_to_tokens(token) if token in special else visible(token, tokenizer)
         style = "dim" if label == IGNORED else "green"
-        out.append(piece, style=f"{style} reverse" if token in special else style)
+        if token in special:
+            out.append(str(tokenizer.convert_ids_to_tokens(token)), style=f"{style} reverse")
+        else:
+            held.append(token)
+            text = visible(held, tokenizer)
+            if "\ufffd" in text and len(held) < 4:  # a character's first bytes
+                continue
+            out.append(text, style=style)
+            if len(held) > 1:
+                out.append(f"×{len(held)}", style="dim")
+            held.clear()
         out.append("│", style="dim")
     return out
 
 
-def visible(token: int, tokenizer: Any) -> str:
-    """A token's text; a byte of a longer character as its hex, white space as a sign."""
-    text = tokenizer.decode([token])
-    if "\ufffd" in text:
-        return str(tokenizer.convert_ids_to_tokens(token))
-    raw = str(tokenizer.convert_ids_to_tokens(token))
+def visible(tokens: list[int], tokenizer: Any) -> str:
+    """The tokens' text with white space as signs."""
+    text = tokenizer.decode(tokens)
+    raw = str(tokenizer.convert_ids_to_tokens(tokens[0]))
     lead = "·" if raw.startswith("▁") and not text.startswith(" ") else ""
     return lead + text.replace(" ", "·").replace("\n", "↵").replace("\t", "→")
 
@@ -62,7 +69,6 @@ def check(config: TrainConfig, tokenizer: Any = None, hub_config: dict[str, Any]
     """Says what the file holds; returns 1 where training on it would lose or spoil rows. UserError: unreadable."""
     loaded = records.load(config.data, join=config.template.join)
     rows = loaded.conversations
-    print(f"{config.data}: {len(rows):,} conversations ({loaded.form})")
     for note in loaded.notes:
         print(note)
     seen: dict[tuple, int] = {}

@@ -9,6 +9,7 @@ What is served is what was trained: `prompt_ids` is a prefix of `encode` by cons
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from minitune.config import TemplateConfig, UserError, build, read_yaml
 
 USER, ASSISTANT = "<用户>", "<AI>"
 IGNORED = -100
+SPELLED = 0x10F000  # private characters that stand for special tokens spelled in a text while it is rendered
 
 
 class Turn(Protocol):
@@ -77,6 +79,10 @@ class Template:
             raise UserError("the tokenizer has no EOS token; add eos_token to tokenizer_config.json")
         self.eos_id: int = tokenizer.eos_token_id
         self.end_token: str = tokenizer.eos_token
+        self.specials = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        longest_first = sorted(self.specials, key=len, reverse=True)
+        self._special = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+        self._spelled = {SPELLED + i: token for i, token in enumerate(longest_first)}
         if config.name == "model":
             self._find_end()
 
@@ -84,11 +90,10 @@ class Template:
         """ChatML closes a turn with a token that need not be the tokenizer's EOS: what stands behind an answer."""
         probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         behind = self.tokenizer.apply_chat_template(probe, tokenize=False).rpartition("b")[2]
-        specials = {t.content: i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
-        found = [(behind.rfind(token), token) for token in specials if token in behind]
+        found = [(behind.rfind(token), token) for token in self.specials if token in behind]
         if found:
             self.end_token = max(found)[1]
-            self.eos_id = specials[self.end_token]
+            self.eos_id = self.specials[self.end_token]
 
     @staticmethod
     def choose(tokenizer: Any, config: TemplateConfig, hub_config: dict[str, Any]) -> Template:
@@ -185,7 +190,7 @@ class Template:
                     "the checkpoint's chat template rewrites earlier turns, so a conversation can't be trained as it "
                     "is served; give --template.name minicpm"
                 )
-            out.append(Segment(self._ids(prompt[len(done) :]), answer=False))
+            out.append(Segment(self._own_ids(prompt[len(done) :]), answer=False))
             ids, kept = self._answer(whole[len(prompt) :])
             out.append(Segment(ids, True, message.learn))
             done = prompt + kept
@@ -193,19 +198,31 @@ class Template:
             prompt = self._render(messages, True)
             if not prompt.startswith(done):
                 raise UserError("the checkpoint's chat template rewrites earlier turns; start a new conversation")
-            out.append(Segment(self._ids(prompt[len(done) :]), answer=False))
+            out.append(Segment(self._own_ids(prompt[len(done) :]), answer=False))
         return out
 
     def _render(self, messages: Sequence[Turn], generate: bool) -> str:
-        plain = [{"role": m.role, "content": m.content} for m in messages]
+        mark = {token: chr(code) for code, token in self._spelled.items()}
+        plain = [
+            {"role": m.role, "content": self._special.sub(lambda found: mark[found[0]], m.content)} for m in messages
+        ]
         return self.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=generate)
 
     def _answer(self, text: str) -> tuple[list[int], str]:
         """An answer's ids up to and with EOS, and the part of the rendered text that they stand for."""
         at = text.rfind(self.end_token)
         if at < 0:  # this template does not close answers; we do, or the model would never stop
-            return [*self._ids(text), self.eos_id], text
-        return [*self._ids(text[:at]), self.eos_id], text[: at + len(self.end_token)]
+            return [*self._own_ids(text), self.eos_id], text
+        return [*self._own_ids(text[:at]), self.eos_id], text[: at + len(self.end_token)]
+
+    def _own_ids(self, text: str) -> list[int]:
+        """A rendered stretch: special tokens that the template wrote, and as text those that a person spelled."""
+        if text == text.translate(self._spelled):
+            return self._ids(text)
+        ids: list[int] = []
+        for part in self._special.split(text):
+            ids += [self.specials[part]] if part in self.specials else self._plain(part.translate(self._spelled))
+        return ids
 
     # What is written beside the weights
 

@@ -21,7 +21,7 @@ def settings(output: Path) -> TrainConfig:
         model=MODEL,
         data=str(HERE / "persona.jsonl"),
         output=str(output),
-        num_train_epochs=3,
+        num_train_epochs=2.5,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=1,
         learning_rate=2e-3,
@@ -105,7 +105,7 @@ def table(questions: list[str], before: list[str], after: list[str]) -> Any:
 
     shown = Table("question", "before", "after", show_lines=True, title="before and after", expand=True)
     for column, ratio in zip(shown.columns, (2, 4, 4), strict=True):
-        column.ratio = ratio
+        column.ratio, column.overflow = ratio, "fold"  # Chinese has no spaces to wrap at
     for row in zip(questions, before, after, strict=True):
         shown.add_row(*(shorten(text) for text in row))
     return shown

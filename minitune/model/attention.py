@@ -1,8 +1,9 @@
-"""Causal attention over packed documents: three ways to compute the same thing.
+"""Causal attention over packed documents: four ways to compute the same thing.
 
 Legend: T packed tokens, N query heads, K key/value heads, D head width, S documents (or slots).
 `varlen` is flash attention over variable lengths; `documents` goes document by document (CPU); `masked` is one
-call with a block-diagonal mask, of static shape (older cards, float32 on a card). `reference` is the plain twin
+call with a block-diagonal mask, of static shape (older cards, float32 on a card). `short` is the Triton kernel that
+rotates and attends in one launch (`kernels.rope_attention`). `reference` is the plain twin
 that all of them, and cached decoding, are tested against.
 """
 
@@ -16,16 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Kernel = Literal["varlen", "documents", "masked"]
+from minitune.model import kernels
+
+Kernel = Literal["short", "varlen", "documents", "masked"]
 
 
-def choose_kernel(device: torch.device, dtype: torch.dtype) -> Kernel:
-    """The fastest way that exists for this device and dtype."""
+def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int = 0, longest: int = 0) -> Kernel:
+    """The fastest way that exists for this device, dtype, head width and longest document (0: not known)."""
     if device.type == "cpu":
         return "documents"
     flash = dtype in (torch.bfloat16, torch.float16)
     if flash and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8:
-        return "varlen"
+        short = kernels.AVAILABLE and head_dim in (32, 64, 128) and 0 < longest <= kernels.LONGEST
+        return "short" if short else "varlen"
     return "masked"
 
 

@@ -33,6 +33,7 @@ class CachedLayout:
     slot: int
     start: int
     layer: int = 0
+    kernel = "cached"
 
     def for_layer(self, index: int) -> CachedLayout:
         return replace(self, layer=index)

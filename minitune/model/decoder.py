@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minitune.model import kernels
 from minitune.model.attention import PackedLayout
 from minitune.model.lora import Dropout, Lora, LoraConfig
 from minitune.model.rope import Rope, rotate
@@ -160,8 +161,14 @@ class Attention(nn.Module):
         self.o = Linear(q, {"o_proj": config.hidden_size}, prefix)
 
     def forward(self, x_TH: Tensor, cos: Tensor, sin: Tensor, layout: Any, dropout: Dropout | None) -> Tensor:
+        qkv_TX = self.qkv(x_TH, dropout)
+        if layout.kernel == "short":
+            y_TX, _ = kernels.rope_attention(
+                qkv_TX, cos[:, 0], sin[:, 0], layout.cu_seqlens, self.heads, self.kv_heads, self.scale
+            )
+            return self.o(y_TX, dropout)
         heads = (self.heads, self.kv_heads, self.kv_heads)
-        q, k, v = self.qkv(x_TH, dropout).view(-1, sum(heads), self.head_dim).split(heads, dim=1)
+        q, k, v = qkv_TX.view(-1, sum(heads), self.head_dim).split(heads, dim=1)
         y_TND = layout.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, self.scale)
         return self.o(y_TND.reshape(x_TH.shape[0], -1), dropout)
 
@@ -189,8 +196,9 @@ class Layer(nn.Module):
         self.mlp = MLP(config, f"{prefix}.mlp")
 
     def forward(self, x_TH: Tensor, cos: Tensor, sin: Tensor, layout: Any, dropout: Dropout | None) -> Tensor:
-        x_TH = x_TH + self.attn(self.attn_norm(x_TH), cos, sin, layout, dropout) * self.residual_multiplier
-        return x_TH + self.mlp(self.mlp_norm(x_TH), dropout) * self.residual_multiplier
+        y_TH = self.attn(self.attn_norm(x_TH), cos, sin, layout, dropout)
+        x_TH = torch.add(x_TH, y_TH, alpha=self.residual_multiplier)
+        return torch.add(x_TH, self.mlp(self.mlp_norm(x_TH), dropout), alpha=self.residual_multiplier)
 
 
 class Decoder(nn.Module):
@@ -212,6 +220,25 @@ class Decoder(nn.Module):
         )
         self.rope = config.rope()
         self.layer_forward = Layer.__call__
+        self.padding = 0
+
+    def allocate(self, device: torch.device, dtype: torch.dtype) -> Decoder:
+        """Empty parameters of a decoder built on `meta`.
+
+        On a card, zero rows up to a multiple of 64 lie behind the head in memory (`padding`): logits of a vocabulary
+        of odd size (122753) would keep the matrix units off, since their rows begin at odd addresses.
+        """
+        owner = self.embed if self.lm_head is None else self.lm_head
+        rows = self.config.vocab_size
+        self.padding = -rows % 64 if device.type == "cuda" else 0
+        owner.weight = nn.Parameter(owner.weight.new_empty(rows + self.padding, self.config.hidden_size))
+        self.to(dtype).to_empty(device=device)
+        owner.weight = nn.Parameter(owner.weight.data[:rows].requires_grad_(False))
+        if self.padding:
+            owner.weight.data.as_strided(
+                (self.padding, self.config.hidden_size), owner.weight.stride(), rows * self.config.hidden_size
+            ).zero_()
+        return self.requires_grad_(False)
 
     @property
     def head_weight(self) -> Tensor:

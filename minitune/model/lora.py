@@ -69,10 +69,16 @@ def mix32(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Dropout:
-    """This step's dropout: `key_T` int32 hashes (seed, step, token); `p` the probability of a zero."""
+    """This step's dropout.
+
+    key_T: int32 hashes of (seed, step, token). threshold: int32 scalar; a draw below it is a zero. scale: 1 / (1 - p).
+    Both are tensors: a compiler that makes Python numbers symbolic computed the threshold wrongly (torch 2.11,
+    dynamic shapes), and lost most of the mask without a word.
+    """
 
     key_T: Tensor
-    p: float
+    threshold: Tensor
+    scale: Tensor
 
     @staticmethod
     def at(seed: int, step_index: Tensor, token_uid_T: Tensor, p: float) -> Dropout:
@@ -82,14 +88,16 @@ class Dropout:
         run = mix32(
             step_index.to(torch.int32) ^ mix32(torch.full_like(step_index, seed & 0x7FFFFFFF, dtype=torch.int32))
         )
-        return Dropout(mix32(low_T ^ high_T ^ run), p)
+        threshold = torch.full((), int(p * 2**32) - 2**31, dtype=torch.int32, device=run.device)
+        scale = torch.full((), 1 / (1 - p), device=run.device)
+        return Dropout(mix32(low_T ^ high_T ^ run), threshold, scale)
 
     def __call__(self, x_TI: Tensor, site: Tensor) -> Tensor:
         """`x` with a part `p` of it zero and the rest divided by 1 - p; `site` int32 names the place in the model."""
         # the site is hashed too: with `column ^ site` alone, another site has the same draws in another order
         column_I = mix32(torch.arange(x_TI.shape[-1], device=x_TI.device, dtype=torch.int32) ^ mix32(site))
-        keep_TI = mix32(self.key_T[:, None] ^ column_I) >= int(self.p * 2**32) - 2**31
-        return x_TI * keep_TI.to(x_TI.dtype) * (1 / (1 - self.p))
+        keep_TI = mix32(self.key_T[:, None] ^ column_I) >= self.threshold
+        return x_TI * keep_TI.to(x_TI.dtype) * self.scale.to(x_TI.dtype)
 
 
 class Lora(nn.Module):

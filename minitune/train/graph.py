@@ -56,7 +56,7 @@ def capacities(sizes: Sequence[tuple[int, int, int]], most: int = 6) -> list[Cap
 class _Graph:
     """One captured capacity: static inputs, the graph, static outputs."""
 
-    def __init__(self, step: TrainStep, capacity: Capacity, share: Tensor):
+    def __init__(self, step: TrainStep, capacity: Capacity, share: Tensor, longest: int):
         self.capacity, self.share = capacity, share
         T, S, P = capacity.tokens, capacity.documents, capacity.positions
         device = step.decoder.device
@@ -67,7 +67,7 @@ class _Graph:
         ids, positions, uids, predict, targets, cu = self.blob.split(self.parts)
         self.cu = torch.zeros(S + 1, dtype=torch.int32, device=device)
         self.cu_source = cu
-        self.pack = Pack(ids, positions, uids, self.cu, predict, targets, lengths=(T,), supervised=P)
+        self.pack = Pack(ids, positions, uids, self.cu, predict, targets, lengths=(T,), supervised=P, longest=longest)
         self.graph = torch.cuda.CUDAGraph()
         self.out: Tensor | None = None
         self.copied = torch.cuda.Event()
@@ -98,10 +98,10 @@ class _Graph:
 class CapturedStep:
     """See `capture`."""
 
-    def __init__(self, step: TrainStep, sizes: Sequence[Capacity]):
+    def __init__(self, step: TrainStep, sizes: Sequence[Capacity], longest: int):
         self.step = step
         self.share = torch.zeros((), device=step.decoder.device)
-        self.graphs = [_Graph(step, capacity, self.share) for capacity in sizes]
+        self.graphs = [_Graph(step, capacity, self.share, longest) for capacity in sizes]
         self.plain_steps = 0
 
     def record(self, samples: Sequence[Pack]) -> None:
@@ -153,8 +153,9 @@ def compile_layers(step: TrainStep) -> None:
     step.decoder.layer_forward = torch.compile(Layer.forward, dynamic=True, fullgraph=True)  # type: ignore[assignment]
 
 
-def capture(step: TrainStep, sizes: Sequence[Capacity], samples: Sequence[Pack]) -> CapturedStep:
-    """Compiles and captures `step` for these capacities; `samples` are packs that fit them, one each."""
-    captured = CapturedStep(step, sizes)
+def capture(step: TrainStep, sizes: Sequence[Capacity], samples: Sequence[Pack], longest: int) -> CapturedStep:
+    """Compiles and captures `step` for these capacities; `samples` are packs that fit them, one each, and
+    `longest` bounds the length of a document."""
+    captured = CapturedStep(step, sizes, longest)
     captured.record(samples)
     return captured

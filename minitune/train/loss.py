@@ -19,19 +19,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     of a chunk are at hand then, and nothing of size V is kept for backward."""
 
     @staticmethod
-    def forward(ctx: Any, h_PH: Tensor, weight_VH: Tensor, targets_P: Tensor, chunk: int) -> Tensor:
+    def forward(ctx: Any, h_PH: Tensor, weight_VH: Tensor, targets_P: Tensor, chunk: int, padding: int) -> Tensor:
         loss = h_PH.new_zeros((), dtype=torch.float32)
         need_h, need_w = ctx.needs_input_grad[:2]
         d_h = torch.empty_like(h_PH) if need_h else None
         d_w = torch.zeros_like(weight_VH) if need_w else None
+        chunk_of, vocab = (_fused_chunk if fused(h_PH) else _chunk), weight_VH.shape[0]
+        weight_WH = with_padding(weight_VH, padding)
         for at in range(0, h_PH.shape[0], chunk):
             h, target = h_PH[at : at + chunk], targets_P[at : at + chunk]
-            part, d_logits = _chunk(h, weight_VH, target, need_h or need_w)
+            part, d_logits = chunk_of(h, weight_WH, target, vocab, need_h or need_w)
             loss = loss + part
             if d_h is not None:
-                torch.mm(d_logits, weight_VH, out=d_h[at : at + chunk])
+                torch.mm(d_logits, weight_WH, out=d_h[at : at + chunk])
             if d_w is not None:
-                d_w.addmm_(d_logits.T, h)
+                d_w.addmm_(d_logits[:, :vocab].T, h)
         ctx.save_for_backward(*(t for t in (d_h, d_w) if t is not None))
         ctx.which = (need_h, need_w)
         return loss
@@ -42,12 +44,29 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # a 0-dim factor keeps the saved tensor's dtype
         d_h = saved.pop(0) * grads[0] if ctx.which[0] else None
         d_w = saved.pop(0) * grads[0] if ctx.which[1] else None
-        return d_h, d_w, None, None
+        return d_h, d_w, None, None, None
 
 
-def _chunk(h: Tensor, weight: Tensor, target: Tensor, grad: bool) -> tuple[Tensor, Tensor]:
+def fused(h_PH: Tensor) -> bool:
+    """Whether the kernel that turns logits into their gradient in place serves here."""
+    if h_PH.device.type != "cuda":
+        return False
+    from minitune.model import kernels
+
+    return kernels.AVAILABLE
+
+
+def _fused_chunk(h: Tensor, weight: Tensor, target: Tensor, vocab: int, grad: bool) -> tuple[Tensor, Tensor]:
+    from minitune.model.kernels import cross_entropy_
+
+    logits = F.linear(h, weight)
+    return cross_entropy_(logits, target, vocab, grad).sum(), logits
+
+
+def _chunk(h: Tensor, weight: Tensor, target: Tensor, vocab: int, grad: bool) -> tuple[Tensor, Tensor]:
     """(summed loss, d loss / d logits in h's dtype) of one chunk."""
     logits = F.linear(h, weight).float()
+    logits[:, vocab:] = -torch.inf
     counts = target >= 0
     safe = target.clamp(min=0)[:, None]
     lse = logits.logsumexp(-1, keepdim=True)
@@ -59,15 +78,25 @@ def _chunk(h: Tensor, weight: Tensor, target: Tensor, grad: bool) -> tuple[Tenso
     return loss, (d_logits * counts[:, None]).to(h.dtype)
 
 
-def cross_entropy_sum(h_PH: Tensor, weight_VH: Tensor, targets_P: Tensor, chunk: int = CHUNK) -> Tensor:
+def with_padding(weight_VH: Tensor, padding: int) -> Tensor:
+    """The weight [W, H] with the zero rows that lie behind it in memory (`Decoder.allocate`)."""
+    rows, width = weight_VH.shape
+    return weight_VH.detach().as_strided((rows + padding, width), weight_VH.stride())
+
+
+def cross_entropy_sum(
+    h_PH: Tensor, weight_VH: Tensor, targets_P: Tensor, chunk: int = CHUNK, padding: int = 0
+) -> Tensor:
     """The summed cross-entropy (float32 scalar, nats) of `h @ weight.T` against `targets` (-100: not counted).
 
     Gradients flow to `h` and `weight` where they are required. Divide by the step's supervised tokens.
+    `padding`: zero rows behind the weight in memory, which the multiplication may take along.
     """
     if torch.is_grad_enabled() and (h_PH.requires_grad or weight_VH.requires_grad):
-        return _ChunkedCrossEntropy.apply(h_PH, weight_VH, targets_P, chunk)
+        return _ChunkedCrossEntropy.apply(h_PH, weight_VH, targets_P, chunk, padding)
+    chunk_of, weight_WH = (_fused_chunk if fused(h_PH) else _chunk), with_padding(weight_VH, padding)
     parts = [
-        _chunk(h_PH[at : at + chunk], weight_VH, targets_P[at : at + chunk], False)[0]
+        chunk_of(h_PH[at : at + chunk], weight_WH, targets_P[at : at + chunk], weight_VH.shape[0], False)[0]
         for at in range(0, h_PH.shape[0], chunk)
     ]
     return torch.stack(parts).sum() if parts else h_PH.new_zeros((), dtype=torch.float32)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +15,37 @@ from typing import Any
 
 import torch
 
+from minitune.checkpoint.folder import is_full_disk, write_text
 from minitune.config import UserError
 from minitune.train.step import StepResult
 
 
 class Stopped(UserError):
     """The run ended itself; what was saved stays good."""
+
+    exit_code = 1
+
+
+class Interrupt:
+    """Ctrl-C as a wish that the loop reads between steps: an update that was broken off half-way could not be saved.
+    A second Ctrl-C stops at once, and saves nothing."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._before)
+
+    def _note(self, *_: object) -> None:
+        if self.wanted:
+            raise KeyboardInterrupt
+        self.wanted = True
 
 
 @dataclass
@@ -41,16 +68,19 @@ class Report:
         self._pending: list[tuple[dict[str, Any], StepResult]] = []
         self._since = time.perf_counter()
         self._skipped_in_a_row = 0
+        self._drawn = (0, 0)
         self._bar = _Bar(self.total, self.quiet)
 
     def resume(self, step: int) -> None:
         """Takes up a log that was cut at `step`; later rows of the interrupted run are dropped."""
         path = self.folder / "log.jsonl"
-        kept = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-        self.rows = [r for r in kept if r["step"] <= step and "eval_loss" not in r]
-        self.evals = [(r["step"], r["eval_loss"]) for r in kept if r["step"] <= step and "eval_loss" in r]
-        text = "".join(json.dumps(r) + "\n" for r in kept if r["step"] <= step)
-        path.write_text(text, encoding="utf-8")
+        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else [""]
+        lines.pop()  # empty, or half a line where a kill fell into the writing
+        kept = [row for row in map(json.loads, lines) if row["step"] <= step]
+        self.rows = [r for r in kept if "eval_loss" not in r]
+        self.evals = [(r["step"], r["eval_loss"]) for r in kept if "eval_loss" in r]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
         self._bar.advance(step)
 
     def say(self, line: str) -> None:
@@ -82,8 +112,7 @@ class Report:
             row["memory_gib"] = round(memory, 3)
             self.rows.append(row)
             lines.append(json.dumps(row) + "\n")
-        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
-            log.writelines(lines)
+        self._append("".join(lines))
         last = self._pending[-1][0]
         self._pending.clear()
         self._since = now
@@ -97,10 +126,19 @@ class Report:
     def evaluated(self, step: int, loss: float) -> None:
         """A held-out loss."""
         self.evals.append((step, loss))
-        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
-            log.write(json.dumps({"step": step, "eval_loss": loss}) + "\n")
+        self._append(json.dumps({"step": step, "eval_loss": loss}) + "\n")
         self.say(f"step {step}: held-out loss {loss:.4f}")
         self._since = time.perf_counter()
+
+    def _append(self, lines: str) -> None:
+        path = self.folder / "log.jsonl"
+        try:
+            with path.open("a", encoding="utf-8") as log:
+                log.write(lines)
+        except OSError as error:
+            if is_full_disk(error):
+                raise UserError(f"{path}: no space left on the disk; free some and go on with --resume") from None
+            raise
 
     def pause(self) -> None:
         """Leaves time spent elsewhere (saving) out of the next tokens per second."""
@@ -110,7 +148,11 @@ class Report:
         self._bar.close()
 
     def picture(self) -> None:
-        """Draws loss.png: every step, a smoothed line, and the held-out losses."""
+        """Draws loss.png where there is something new: every step, a smoothed line, and the held-out losses."""
+        known = (len(self.rows), len(self.evals))
+        if self._drawn == known:
+            return
+        self._drawn = known
         draw(self.folder / "loss.png", self.rows, self.evals)
 
 
@@ -153,9 +195,16 @@ def draw(path: Path, rows: list[dict[str, Any]], evals: list[tuple[int, float]])
     if known or evals:
         axes.legend(frameon=False)
     part = path.with_name(f".{path.name}.part")
-    figure.savefig(part, format="png")
-    plt.close(figure)
-    os.replace(part, path)
+    try:
+        figure.savefig(part, format="png")
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        if is_full_disk(error):
+            raise UserError(f"{path}: no space left on the disk; free some and go on with --resume") from None
+        raise
+    finally:
+        plt.close(figure)
 
 
 def peak_memory_gib(device: torch.device) -> float:

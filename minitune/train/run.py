@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from minitune.checkpoint import adapter, hub, resume
-from minitune.checkpoint.folder import copy_tokenizer, moved_into, save_hub_folder
+from minitune.checkpoint.folder import copy_tokenizer, moved_into, save_hub_folder, write_text
 from minitune.checkpoint.tokenizer import load_tokenizer
-from minitune.checkpoint.weights import choose_device, choose_dtype, load_decoder, read_json
+from minitune.checkpoint.weights import choose_device, choose_dtype, load_decoder, read_config, read_json
 from minitune.config import TrainConfig, UserError, to_yaml
 from minitune.data import dataset
 from minitune.data.loader import Loader, StepBatch
@@ -24,8 +24,9 @@ from minitune.data.template import Encoded, Template
 from minitune.model.attention import choose_kernel
 from minitune.model.decoder import Decoder
 from minitune.model.lora import LoraConfig, attach
+from minitune.train.checks import check_output, check_settings
 from minitune.train.optim import AdamW, LossScale, learning_rate_at
-from minitune.train.report import Report, Stopped, peak_memory_gib
+from minitune.train.report import Interrupt, Report, Stopped, peak_memory_gib
 from minitune.train.step import TrainStep, held_out_loss, recompute_layers
 
 # Settings that may differ between a run and its resumption: none of them changes what is computed.
@@ -57,63 +58,35 @@ def train(config: TrainConfig, quiet: bool = False) -> dict[str, Any]:
     started = time.perf_counter()
     check_settings(config)
     output = Path(config.output)
-    check_output(output, config)
-    ready = prepare(config)
-    config = dataclasses.replace(config, template=ready.template.config, learning_rate=config.resolved_learning_rate)
+    checkpoint = check_output(output, config)
     device = choose_device(config.device)
+    ready = prepare(config)
+    config = dataclasses.replace(
+        config,
+        template=ready.template.config,
+        learning_rate=config.resolved_learning_rate,
+        dtype=str(training_dtype(config, device)).removeprefix("torch."),  # type: ignore[arg-type]
+    )
     decoder, optimizer, step = build(config, ready, device)
     loader = make_loader(config, ready.learn, device)
     total, per_epoch = count_steps(config, loader)
-    output.mkdir(parents=True, exist_ok=True)
     report = Report(output, total, config.logging_steps, device, step.loss_scale is not None, quiet)
-    for line in [*ready.lines, *describe(config, decoder, optimizer, total, loader)]:
-        report.say(line)
     run = Run(config, ready, decoder, optimizer, step, loader, report, total, per_epoch)
-    if config.resume:
-        run.restore()
     try:
+        if config.resume:
+            run.restore(checkpoint)
+        for line in [*ready.lines, *describe(config, decoder, optimizer, total, loader)]:
+            report.say(line)
         run.loop()
     finally:
         report.close()
     return run.finish(started)
 
 
-def check_settings(config: TrainConfig) -> None:
-    """UserError for values that can't work, before anything is read."""
-    for name in ("model", "data", "output"):
-        if not getattr(config, name):
-            raise UserError(f"--{name} is missing")
-    positive = ("max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "lora_r")
-    for name in positive:
-        if getattr(config, name) < 1:
-            raise UserError(f"{name} is {getattr(config, name)}; it is at least 1")
-    if config.num_train_epochs <= 0 and config.max_steps <= 0:
-        raise UserError(f"num_train_epochs is {config.num_train_epochs}; it is more than 0")
-    if config.resolved_learning_rate < 0 or not math.isfinite(config.resolved_learning_rate):
-        raise UserError(f"learning_rate is {config.learning_rate}; it is a number from 0")
-    if not 0 <= config.lora_dropout < 1:
-        raise UserError(f"lora_dropout is {config.lora_dropout}; it is at least 0 and less than 1")
-    if config.eval_data and config.eval_fraction:
-        raise UserError("give --eval_data or --eval_fraction, not both")
-
-
-def check_output(output: Path, config: TrainConfig) -> None:
-    """UserError where the folder holds another run, or is a file."""
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{output}: is a file; give a folder as --output")
-    holds = [n for n in ("run.yaml", "config.json", "adapter_config.json") if (output / n).exists()]
-    if holds and not config.resume:
-        mend = "add --resume to go on with it, or give another --output"
-        raise UserError(f"{output}: holds another run ({holds[0]}); {mend}")
-    if config.resume:
-        resume.find(output, config.resume)
-
-
 def prepare(config: TrainConfig) -> Prepared:
     """Reads the model's folder and the data."""
-    if not Path(config.data).exists():  # before a download of gigabytes
-        raise UserError(f"{config.data}: no such file")
     base = hub.resolve(config.model, source=config.source)
+    read_config(base)  # an architecture that is not supported is said first
     tokenizer = load_tokenizer(base)
     template = Template.choose(tokenizer, config.template, read_json(base / "config.json"))
     data = dataset.load(config.data, template, config.max_length, config.overlong)
@@ -139,8 +112,7 @@ def training_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
 
 def build(config: TrainConfig, ready: Prepared, device: torch.device) -> tuple[Decoder, AdamW, TrainStep]:
     """The decoder with what learns, its optimizer, and the step."""
-    kind = str(training_dtype(config, device)).removeprefix("torch.")
-    decoder = load_decoder(ready.base, kind, str(device)).train()
+    decoder = load_decoder(ready.base, config.dtype, str(device)).train()
     highest = max(max(r.input_ids) for r in [*ready.learn, *ready.held_out])
     if highest >= decoder.config.vocab_size:
         raise UserError(
@@ -149,10 +121,10 @@ def build(config: TrainConfig, ready: Prepared, device: torch.device) -> tuple[D
     if config.method == "full":
         parameters = list(decoder.requires_grad_(True).parameters())
     else:
-        lora = LoraConfig(
-            config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules, config.use_rslora
-        )
         try:
+            lora = LoraConfig(
+                config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules, config.use_rslora
+            )
             parameters = attach(decoder, lora, config.seed)
         except ValueError as error:
             raise UserError(str(error)) from None
@@ -187,7 +159,7 @@ def make_loader(config: TrainConfig, rows: list[Encoded], device: torch.device, 
 def count_steps(config: TrainConfig, loader: Loader) -> tuple[int, list[int]]:
     """(steps of the run, steps of each epoch)."""
     per_epoch: list[int] = []
-    if config.max_steps:
+    if config.max_steps > 0:
         while sum(per_epoch) < config.max_steps:
             per_epoch.append(len(loader.steps(len(per_epoch))))
         return config.max_steps, per_epoch
@@ -234,21 +206,21 @@ class Run:
 
     def loop(self) -> None:
         """Every step of every epoch, from where the run stands."""
-        config, output = self.config, Path(self.config.output)
-        (output / "run.yaml").write_text(to_yaml(config), encoding="utf-8")
+        output = Path(self.config.output)
+        output.mkdir(parents=True, exist_ok=True)
+        write_text(output / "run.yaml", self.settings_text)
         before = 0
-        try:
+        with Interrupt() as interrupt:
             for epoch, steps in enumerate(self.per_epoch):
                 for i in range(max(0, self.done - before), steps):
-                    if self.done >= self.total:
+                    if self.done >= self.total or interrupt.wanted:
                         break
                     self.one(self.loader.batch(epoch, i), epoch + (i + 1) / steps)
                 before += steps
-        except KeyboardInterrupt:
-            self.report.flush()
-            self.save()
-            raise Stopped(f"stopped at step {self.done}; the same command with --resume goes on from there") from None
         self.report.flush()
+        if self.done < self.total:
+            self.save()
+            raise Stopped(f"stopped at step {self.done}; the same command with --resume goes on from there")
 
     def one(self, batch: StepBatch, epoch: float) -> None:
         """One step and what is due after it."""
@@ -283,10 +255,9 @@ class Run:
             "settings": settings(self.config),
             "data": self.ready.fingerprint,
         }
-        resume.save(
-            Path(self.config.output), self.done, self.decoder, self.ready.base, self.base_name, state,
-            self.config.save_total_limit,
-        )  # fmt: skip
+        with resume.saved(Path(self.config.output), self.done, state, self.config.save_total_limit) as part:
+            self.write(part)
+            write_text(part / "run.yaml", self.settings_text)
         self.report.picture()
         self.report.pause()
         self.saved = self.done
@@ -296,15 +267,33 @@ class Run:
         """What an adapter says it belongs to: the hub's name, or the folder."""
         return str(self.ready.base) if Path(self.config.model).exists() else self.config.model
 
-    def restore(self) -> None:
-        """Puts the run back where its checkpoint stood."""
-        folder = resume.find(Path(self.config.output), self.config.resume)
-        state = resume.load(folder, self.decoder)
+    @property
+    def settings_text(self) -> str:
+        """run.yaml: the same run again, or its resumption with --resume."""
+        return to_yaml(dataclasses.replace(self.config, resume=""))
+
+    def write(self, folder: Path) -> None:
+        """What was learned, as other programs open it, with its tokenizer and template."""
+        if self.decoder.lora_config is not None:
+            adapter.save_adapter(self.decoder, folder, self.base_name)
+            copy_tokenizer(self.ready.base, folder)
+        else:
+            save_hub_folder(self.decoder, self.ready.base, folder)
+        self.ready.template.save(folder)
+
+    def restore(self, folder: Path | None) -> None:
+        """Puts the run back where its checkpoint stood; None: at its beginning."""
+        if folder is None:
+            self.report.resume(0)
+            self.report.say(f"{self.config.output}: no checkpoint yet; beginning at the first step")
+            return
+        state = resume.read_state(folder)
         for name, value in settings(self.config).items():
             if state["settings"].get(name) != value:
                 raise UserError(f"{folder}: was trained with {name} {state['settings'].get(name)}, now it is {value}")
         if state["data"] != self.ready.fingerprint:
             raise UserError(f"{folder}: was trained on other rows than {self.config.data} gives now")
+        resume.load_weights(folder, self.decoder)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.step.loss_scale and state["loss_scale"]:
             self.step.loss_scale.load_state_dict(state["loss_scale"])
@@ -318,12 +307,7 @@ class Run:
         """Writes the result and summary.json."""
         output = Path(self.config.output)
         with moved_into(output) as part:
-            if self.decoder.lora_config is not None:
-                adapter.save_adapter(self.decoder, part, self.base_name)
-                copy_tokenizer(self.ready.base, part)
-            else:
-                save_hub_folder(self.decoder, self.ready.base, part)
-            self.ready.template.save(part)
+            self.write(part)
         self.report.picture()
         losses = [r["loss"] for r in self.report.rows if r["loss"] is not None]
         tail = losses[-max(1, len(losses) // 10) :]
@@ -339,7 +323,7 @@ class Run:
             "dtype": str(self.decoder.dtype).removeprefix("torch."),
             "device": self.device_name,
         }
-        (output / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False), encoding="utf-8")
+        write_text(output / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False))
         return summary
 
     @property

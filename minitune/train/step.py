@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from minitune.data.loader import Pack, StepBatch
-from minitune.model.attention import Kernel, PackedLayout, choose_kernel
+from minitune.model.attention import PackedLayout, choose_kernel
 from minitune.model.decoder import Decoder, Layer
 from minitune.model.lora import Dropout
 from minitune.train.loss import cross_entropy_sum
@@ -30,16 +30,16 @@ class StepResult:
     skipped: Tensor
 
 
-def layout_of(pack: Pack, kernel: Kernel) -> PackedLayout:
+def layout_of(pack: Pack, decoder: Decoder) -> PackedLayout:
     """How the pack's tokens attend."""
+    kernel = choose_kernel(decoder.device, decoder.dtype, decoder.config.head_dim, pack.longest)
     return PackedLayout(pack.cu_seqlens, max(pack.lengths), pack.lengths, kernel)
 
 
 def pack_loss(decoder: Decoder, pack: Pack, dropout: Dropout | None = None, chunk: int = 2048) -> Tensor:
     """The summed cross-entropy of a pack's supervised tokens (float32 scalar)."""
-    layout = layout_of(pack, choose_kernel(decoder.device, decoder.dtype))
-    h_TH = decoder.hidden(pack.input_ids, pack.position_ids, layout, dropout)
-    return cross_entropy_sum(h_TH[pack.predict], decoder.head_weight, pack.targets, chunk)
+    h_TH = decoder.hidden(pack.input_ids, pack.position_ids, layout_of(pack, decoder), dropout)
+    return cross_entropy_sum(h_TH[pack.predict], decoder.head_weight, pack.targets, chunk, decoder.padding)
 
 
 def recompute_layers(decoder: Decoder) -> None:

@@ -1,0 +1,117 @@
+"""The compiled and the captured step against the plain one (invariant 4)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from minitune.config import TrainConfig
+from minitune.data.loader import Pack, StepBatch, make_pack
+from minitune.data.template import Encoded
+from minitune.model.decoder import Decoder, DecoderConfig
+from minitune.model.lora import LoraConfig, attach
+from minitune.train import graph
+from minitune.train.optim import AdamW
+from minitune.train.step import TrainStep, pack_loss
+
+SHAPE = DecoderConfig(
+    vocab_size=331,
+    hidden_size=128,
+    intermediate_size=192,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    embedding_multiplier=3.0,
+    residual_multiplier=0.7,
+    logits_scaling=2.0,
+)
+
+
+def decoder_on(device: str, dtype: torch.dtype) -> Decoder:
+    """A random decoder whose adapters are not zero, the same on every device."""
+    with torch.device("meta"):
+        decoder = Decoder(SHAPE)
+    decoder.allocate(torch.device(device), dtype)
+    generator = torch.Generator().manual_seed(3)
+    attach(decoder, LoraConfig(r=4, lora_dropout=0.1), seed=1)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            values = torch.randn(parameter.shape, generator=generator) * 0.1
+            parameter.copy_(values + 1 if parameter.ndim == 1 else values)
+    return decoder.train()
+
+
+def step_on(device: str, dtype: torch.dtype) -> TrainStep:
+    decoder = decoder_on(device, dtype)
+    learning = [p for p in decoder.parameters() if p.requires_grad]
+    return TrainStep(decoder, AdamW(learning, TrainConfig()), dropout=0.1, seed=5)
+
+
+def packs(count: int) -> list[Pack]:
+    """Packs of changing sizes."""
+    generator = torch.Generator().manual_seed(7)
+    out = []
+    for n in range(count):
+        rows = []
+        for _ in range(2 + n % 4):
+            length = int(torch.randint(3, 70, (1,), generator=generator))
+            ids = torch.randint(0, SHAPE.vocab_size, (length,), generator=generator).tolist()
+            rows.append(Encoded(ids, [-100, *ids[1:]]))
+        out.append(make_pack(rows, [10 * n + i for i in range(len(rows))]))
+    return out
+
+
+def gradients(step: TrainStep, pack: Pack) -> list[torch.Tensor]:
+    moved = pack.to(step.decoder.device)
+    pack_loss(step.decoder, moved, step._dropout(moved)).backward()
+    found = [p.grad.float() for p in step.optimizer.parameters if p.grad is not None]
+    step.optimizer.zero_grad()
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-4), (torch.bfloat16, 4e-2)])
+def test_compiled_gradients_are_the_plain_ones(dtype: torch.dtype, close: float) -> None:
+    """Dropout on, two sizes: a compiler that lost the mask would be far outside."""
+    plain, compiled = step_on("cuda", dtype), step_on("cuda", dtype)
+    graph.compile_layers(compiled)
+    for pack in packs(2):
+        for ours, want in zip(gradients(compiled, pack), gradients(plain, pack), strict=True):
+            assert float((ours - want).norm() / want.norm()) < close
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+def test_captured_steps_are_plain_steps(dtype: torch.dtype, close: float) -> None:
+    """20 steps with changing inputs, rates and capacities, dropout on: losses, norms and what was learned agree."""
+    plain, base = step_on("cuda", dtype), step_on("cuda", dtype)
+    batches = [StepBatch([pack], len(pack.lengths)) for pack in packs(20)]
+    sizes = [(b.tokens, len(b.packs[0].lengths), b.supervised) for b in batches]
+    capacities = graph.capacities(sizes, most=2)
+    samples = [next(b.packs[0] for b in batches if c.holds(b.packs[0])) for c in capacities]
+    graph.compile_layers(base)
+    captured = graph.capture(base, capacities, samples, longest=70)
+    assert float(base.step_index) == 0 and captured.plain_steps == 0
+    for i, batch in enumerate(batches):
+        ours, want = captured(batch, 1e-3 / (i + 1)), plain(batch, 1e-3 / (i + 1))
+        assert float(ours.loss) == pytest.approx(float(want.loss), rel=close)
+        assert float(ours.grad_norm) == pytest.approx(float(want.grad_norm), rel=4 * close)
+        assert not float(ours.skipped)
+    assert captured.plain_steps == 0
+    for a, b in zip(base.optimizer.parameters, plain.optimizer.parameters, strict=True):
+        assert float((a - b).norm() / b.norm()) < close
+
+
+def test_capacities_hold_every_size_with_little_padding() -> None:
+    """Every size fits its capacity; six capacities on sizes like the real data's pad less than a tenth."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = (torch.randn(700, generator=generator) * 90 + 790).int().tolist()
+    sizes = [(t, 16, t * 2 // 5) for t in tokens]
+    found = graph.capacities(sizes)
+    assert len(found) <= 6 and [c.tokens for c in found] == sorted((c.tokens for c in found), reverse=True)
+    computed = 0
+    for size in sizes:
+        fitting = [c for c in found if c.tokens >= size[0] and c.documents > size[1] and c.positions >= size[2]]
+        computed += min(c.tokens for c in fitting)
+    assert computed < 1.1 * sum(tokens)
