@@ -128,7 +128,7 @@ def build(config: TrainConfig, ready: Prepared, device: torch.device) -> tuple[D
             parameters = attach(decoder, lora, config.seed)
         except ValueError as error:
             raise UserError(str(error)) from None
-    if config.gradient_checkpointing == "true":
+    if wants_recompute(config, decoder, ready.learn):
         recompute_layers(decoder)
     optimizer = AdamW(parameters, config)
     step = TrainStep(
@@ -140,6 +140,20 @@ def build(config: TrainConfig, ready: Prepared, device: torch.device) -> tuple[D
         loss_scale=LossScale(device) if decoder.dtype == torch.float16 else None,
     )
     return decoder, optimizer, step
+
+
+def wants_recompute(config: TrainConfig, decoder: Decoder, rows: list[Encoded]) -> bool:
+    """`auto`: where a pack's activations, roughly 10 hidden and 4 FFN widths a token and layer, would not fit half of
+    the card's free memory."""
+    if config.gradient_checkpointing != "auto" or decoder.device.type != "cuda":
+        return config.gradient_checkpointing == "true"
+    shape = decoder.config
+    longest = max(len(row.input_ids) for row in rows)
+    step = config.tokens_per_step or config.rows_per_step * longest
+    tokens = max(longest, min(config.tokens_per_pack, step))
+    width = 10 * shape.hidden_size + 4 * shape.intermediate_size
+    bytes_ = tokens * shape.num_hidden_layers * width * decoder.dtype.itemsize
+    return bytes_ > torch.cuda.mem_get_info(decoder.device)[0] / 2
 
 
 def make_loader(config: TrainConfig, rows: list[Encoded], device: torch.device, shuffle: bool = True) -> Loader:
@@ -173,7 +187,7 @@ def describe(config: TrainConfig, decoder: Decoder, optimizer: AdamW, total: int
     """What is going to happen, a line each."""
     learn = sum(p.numel() for p in optimizer.parameters)
     every = sum(p.numel() for p in decoder.parameters()) - (learn if config.method == "lora" else 0)
-    kernel = choose_kernel(decoder.device, decoder.dtype)
+    kernel = choose_kernel(decoder.device, decoder.dtype, decoder.config.head_dim, max(loader.lengths))
     size = f"{config.tokens_per_step} tokens" if config.tokens_per_step else f"{config.rows_per_step} rows"
     kind = str(decoder.dtype).removeprefix("torch.")
     lines = [
@@ -265,7 +279,7 @@ class Run:
     @property
     def base_name(self) -> str:
         """What an adapter says it belongs to: the hub's name, or the folder."""
-        return str(self.ready.base) if Path(self.config.model).exists() else self.config.model
+        return str(self.ready.base.resolve()) if Path(self.config.model).exists() else self.config.model
 
     @property
     def settings_text(self) -> str:
