@@ -42,7 +42,7 @@ def minitune_side(arguments: argparse.Namespace, dtype: str) -> dict:
     from minitune.config import TrainConfig
     from minitune.model.lora import LoraConfig, attach
     from minitune.train.optim import AdamW, learning_rate_at
-    from minitune.train.run import make_loader
+    from minitune.train.prepare import make_loader
     from minitune.train.step import TrainStep, held_out_loss
 
     learn, held_out, base = rows_of(arguments)

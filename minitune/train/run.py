@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,44 +11,28 @@ from typing import Any
 
 import torch
 
-from minitune.checkpoint import adapter, hub, resume
+from minitune.checkpoint import adapter, resume
 from minitune.checkpoint.folder import copy_tokenizer, moved_into, save_hub_folder, write_text
-from minitune.checkpoint.tokenizer import load_tokenizer
-from minitune.checkpoint.weights import choose_device, choose_dtype, load_decoder, read_config, read_json
+from minitune.checkpoint.weights import choose_device
 from minitune.config import TrainConfig, UserError, to_yaml
-from minitune.data import dataset
 from minitune.data.loader import Loader, StepBatch
-from minitune.data.template import Encoded, Template
-from minitune.model.attention import choose_kernel
 from minitune.model.decoder import Decoder
-from minitune.model.lora import LoraConfig, attach
 from minitune.train.checks import check_output, check_settings
-from minitune.train.optim import AdamW, LossScale, learning_rate_at
+from minitune.train.optim import AdamW, learning_rate_at
+from minitune.train.prepare import (
+    Prepared,
+    build,
+    count_steps,
+    describe,
+    make_loader,
+    prepare,
+    training_dtype,
+)
 from minitune.train.report import Interrupt, Report, Stopped, peak_memory_gib
-from minitune.train.step import TrainStep, held_out_loss, recompute_layers
+from minitune.train.step import TrainStep, held_out_loss
 
 # Settings that may differ between a run and its resumption: none of them changes what is computed.
 FREE_ON_RESUME = {"resume", "output", "logging_steps", "save_steps", "save_total_limit", "eval_steps", "source"}
-
-
-@dataclass
-class Prepared:
-    """What a run needs of its input, read and checked before anything is written."""
-
-    base: Path
-    tokenizer: Any
-    template: Template
-    learn: list[Encoded]
-    held_out: list[Encoded]
-    lines: list[str]
-
-    @property
-    def fingerprint(self) -> str:
-        """Names the rows' ids and labels: a resumed run must see the same."""
-        digest = hashlib.sha256()
-        for row in self.learn:
-            digest.update(repr((row.input_ids, row.labels)).encode())
-        return digest.hexdigest()
 
 
 def train(config: TrainConfig, quiet: bool = False) -> dict[str, Any]:
@@ -81,124 +63,6 @@ def train(config: TrainConfig, quiet: bool = False) -> dict[str, Any]:
     finally:
         report.close()
     return run.finish(started)
-
-
-def prepare(config: TrainConfig) -> Prepared:
-    """Reads the model's folder and the data."""
-    base = hub.resolve(config.model, source=config.source)
-    read_config(base)  # an architecture that is not supported is said first
-    tokenizer = load_tokenizer(base)
-    template = Template.choose(tokenizer, config.template, read_json(base / "config.json"))
-    data = dataset.load(config.data, template, config.max_length, config.overlong)
-    lines = data.summary(config.max_length)
-    learn, held_out = data.rows, []
-    if config.eval_data:
-        other = dataset.load(config.eval_data, template, config.max_length, config.overlong)
-        held_out = other.rows
-        lines += other.summary(config.max_length)
-    elif config.eval_fraction:
-        learn, held_out = dataset.split(data, config.eval_fraction, config.seed)
-        lines.append(f"held out: {len(held_out):,} of {len(data.rows):,} rows")
-    return Prepared(base, tokenizer, template, learn, held_out, lines)
-
-
-def training_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 where the hardware multiplies it; float32 on other CPUs, and for every parameter on any."""
-    if config.dtype == "auto" and device.type == "cpu":
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if fast and config.method != "full" else torch.float32
-    return choose_dtype(config.dtype, device)
-
-
-def build(config: TrainConfig, ready: Prepared, device: torch.device) -> tuple[Decoder, AdamW, TrainStep]:
-    """The decoder with what learns, its optimizer, and the step."""
-    decoder = load_decoder(ready.base, config.dtype, str(device)).train()
-    highest = max(max(r.input_ids) for r in [*ready.learn, *ready.held_out])
-    if highest >= decoder.config.vocab_size:
-        raise UserError(
-            f"{ready.base}: the tokenizer gives id {highest}, the weights have {decoder.config.vocab_size} rows"
-        )
-    if config.method == "full":
-        parameters = list(decoder.requires_grad_(True).parameters())
-    else:
-        try:
-            lora = LoraConfig(
-                config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules, config.use_rslora
-            )
-            parameters = attach(decoder, lora, config.seed)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-    if wants_recompute(config, decoder, ready.learn):
-        recompute_layers(decoder)
-    optimizer = AdamW(parameters, config)
-    step = TrainStep(
-        decoder,
-        optimizer,
-        dropout=config.lora_dropout if config.method == "lora" else 0.0,
-        seed=config.seed,
-        max_grad_norm=config.max_grad_norm,
-        loss_scale=LossScale(device) if decoder.dtype == torch.float16 else None,
-    )
-    return decoder, optimizer, step
-
-
-def wants_recompute(config: TrainConfig, decoder: Decoder, rows: list[Encoded]) -> bool:
-    """`auto`: where a pack's activations, roughly 10 hidden and 4 FFN widths a token and layer, would not fit half of
-    the card's free memory."""
-    if config.gradient_checkpointing != "auto" or decoder.device.type != "cuda":
-        return config.gradient_checkpointing == "true"
-    shape = decoder.config
-    longest = max(len(row.input_ids) for row in rows)
-    step = config.tokens_per_step or config.rows_per_step * longest
-    tokens = max(longest, min(config.tokens_per_pack, step))
-    width = 10 * shape.hidden_size + 4 * shape.intermediate_size
-    bytes_ = tokens * shape.num_hidden_layers * width * decoder.dtype.itemsize
-    return bytes_ > torch.cuda.mem_get_info(decoder.device)[0] / 2
-
-
-def make_loader(config: TrainConfig, rows: list[Encoded], device: torch.device, shuffle: bool = True) -> Loader:
-    # Small packs keep the CPU's caches and memory; a card wants long ones.
-    pack = config.tokens_per_pack if device.type != "cpu" else min(config.tokens_per_pack, 512)
-    return Loader(
-        rows,
-        rows_per_step=config.rows_per_step,
-        tokens_per_step=config.tokens_per_step,
-        tokens_per_pack=pack,
-        seed=config.seed,
-        shuffle=shuffle,
-        pin=device.type == "cuda",
-    )
-
-
-def count_steps(config: TrainConfig, loader: Loader) -> tuple[int, list[int]]:
-    """(steps of the run, steps of each epoch)."""
-    per_epoch: list[int] = []
-    if config.max_steps > 0:
-        while sum(per_epoch) < config.max_steps:
-            per_epoch.append(len(loader.steps(len(per_epoch))))
-        return config.max_steps, per_epoch
-    whole, part = int(config.num_train_epochs), config.num_train_epochs % 1
-    per_epoch = [len(loader.steps(e)) for e in range(whole + (part > 0))]
-    last = math.ceil(per_epoch[-1] * part) if part else per_epoch[-1]
-    return sum(per_epoch[:-1]) + last, per_epoch
-
-
-def describe(config: TrainConfig, decoder: Decoder, optimizer: AdamW, total: int, loader: Loader) -> list[str]:
-    """What is going to happen, a line each."""
-    learn = sum(p.numel() for p in optimizer.parameters)
-    every = sum(p.numel() for p in decoder.parameters()) - (learn if config.method == "lora" else 0)
-    kernel = choose_kernel(decoder.device, decoder.dtype, decoder.config.head_dim, max(loader.lengths))
-    size = f"{config.tokens_per_step} tokens" if config.tokens_per_step else f"{config.rows_per_step} rows"
-    kind = str(decoder.dtype).removeprefix("torch.")
-    lines = [
-        f"{config.method}: {learn:,} of {every:,} parameters learn; {total} steps of {size}; "
-        f"learning rate {config.resolved_learning_rate:g}; {kind} on {decoder.device}; {kernel} attention"
-    ]
-    if config.method == "lora" and decoder.config.family == "MiniCPMForCausalLM":
-        lines.append(
-            "note: stock transformers 5 can't open a MiniCPM base; `minitune export --format hf` writes one it opens"
-        )
-    return lines
 
 
 @dataclass
