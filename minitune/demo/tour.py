@@ -21,7 +21,7 @@ def settings(output: Path) -> TrainConfig:
         model=MODEL,
         data=str(HERE / "persona.jsonl"),
         output=str(output),
-        num_train_epochs=2.5,
+        num_train_epochs=2,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=1,
         learning_rate=2e-3,
@@ -47,11 +47,11 @@ def tour(output: str) -> int:
     questions = [q["question"] for q in json.loads((HERE / "questions.json").read_text(encoding="utf-8"))]
     console.print("[bold]minitune demo[/]: a chat model learns to be Gudu, the copper kettle of a teahouse")
     console.print("1. the model as it is: SmolLM2-135M-Instruct, on questions that the data does not hold")
-    before = answers(questions, None)
+    before = answers(questions, None, 40)  # it rambles: its first words are enough
     console.print("2. it learns: LoRA on our conversations, Chinese and English")
     summary = learn(folder)
     console.print("3. the same questions again")
-    after = answers(questions, folder)
+    after = answers(questions, folder, 72)
     console.print(table(questions, before, after))
     mark = {"questions": questions, "before": before, "after": after}
     (folder / MARK).write_text(json.dumps(mark, ensure_ascii=False, indent=2), encoding="utf-8")
@@ -86,12 +86,12 @@ def learn(folder: Path) -> dict[str, Any]:
     return train(settings(folder))
 
 
-def answers(questions: list[str], adapter: Path | None) -> list[str]:
+def answers(questions: list[str], adapter: Path | None, tokens: int) -> list[str]:
     """One greedy answer a question, each in a conversation of its own."""
     from minitune.infer.chat import load
     from minitune.infer.sampling import Sampling
 
-    sampling = Sampling(temperature=0, max_new_tokens=72)
+    sampling = Sampling(temperature=0, max_new_tokens=tokens)
     chat = load(MODEL, str(adapter) if adapter else None, sampling=sampling, dtype="float32", device="cpu")
     out = []
     for question in questions:
