@@ -72,8 +72,7 @@ class Dropout:
     """This step's dropout.
 
     key_T: int32 hashes of (seed, step, token). threshold: int32 scalar; a draw below it is a zero. scale: 1 / (1 - p).
-    Both are tensors: a compiler that makes Python numbers symbolic computed the threshold wrongly (torch 2.11,
-    dynamic shapes), and lost most of the mask without a word.
+    Both are tensors, so that a compiler has no Python numbers to make symbolic.
     """
 
     key_T: Tensor

@@ -119,7 +119,7 @@ def wants_recompute(config: TrainConfig, decoder: Decoder, rows: list[Encoded]) 
 
 def make_loader(config: TrainConfig, rows: list[Encoded], device: torch.device, shuffle: bool = True) -> Loader:
     # Small packs keep the CPU's caches and memory; a card wants long ones.
-    pack = config.tokens_per_pack if device.type != "cpu" else min(config.tokens_per_pack, 512)
+    pack = config.tokens_per_pack if device.type != "cpu" else min(config.tokens_per_pack, 1024)
     return Loader(
         rows,
         rows_per_step=config.rows_per_step,
