@@ -101,7 +101,9 @@ class TrainConfig:
     gradient_checkpointing: Literal["auto", "true", "false"] = setting(
         "auto", "recompute activations in backward to save memory", group="device"
     )
-    tokens_per_pack: int = setting(8192, "tokens computed at once at most (CPU: 1024); a larger step accumulates", group="device")
+    tokens_per_pack: int = setting(
+        8192, "tokens computed at once at most (CPU: 1024); a larger step accumulates", group="device"
+    )
 
     logging_steps: int = setting(10, "steps between log rows on the screen", group="output")
     save_steps: int = setting(0, "steps between checkpoints (0: at the end of each epoch)", group="output")

@@ -197,8 +197,9 @@ class Layer(nn.Module):
 
     def forward(self, x_TH: Tensor, cos: Tensor, sin: Tensor, layout: Any, dropout: Dropout | None) -> Tensor:
         y_TH = self.attn(self.attn_norm(x_TH), cos, sin, layout, dropout)
-        x_TH = torch.add(x_TH, y_TH, alpha=self.residual_multiplier)
-        return torch.add(x_TH, self.mlp(self.mlp_norm(x_TH), dropout), alpha=self.residual_multiplier)
+        # not torch.add(…, alpha=…): inductor turns add over a product into addmm and loses alpha (2.11, 2.13)
+        x_TH = x_TH + y_TH * self.residual_multiplier
+        return x_TH + self.mlp(self.mlp_norm(x_TH), dropout) * self.residual_multiplier
 
 
 class Decoder(nn.Module):
