@@ -77,15 +77,6 @@ def converse(chat: Chat, name: str) -> int:
     while True:
         try:
             text = read(sys.stdin, tty)
-        except EOFError:
-            return 0
-        except KeyboardInterrupt:
-            if not tty:
-                return INTERRUPTED
-            print()
-            note("Ctrl-D or /exit leaves")
-            continue
-        try:
             if not text.strip():
                 continue
             if re.fullmatch("/[a-z]+", text.split()[0]):
@@ -93,6 +84,13 @@ def converse(chat: Chat, name: str) -> int:
                     return 0
             elif answer(chat, text) and not tty:
                 return INTERRUPTED
+        except EOFError:
+            return 0
+        except KeyboardInterrupt:  # at the prompt, or a moment after an answer's last piece
+            if not tty:
+                return INTERRUPTED
+            print()
+            note("Ctrl-D or /exit leaves")
         except UserError as error:
             if not tty:
                 raise
