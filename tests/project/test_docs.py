@@ -76,7 +76,7 @@ def test_paths(page: Path) -> None:
 def test_command_lines(page: Path) -> None:
     """Every command line is taken by the program's own parser, and its settings are settings."""
     for words in commands(page):
-        name, rest = words[0], [cli._option(word) for word in words[1:]]
+        name, rest = words[0], [cli.hyphens(word) for word in words[1:]]
         values = vars(parser_of(name).parse_args(rest))
         if name == "train":
             values.pop("config", None)
@@ -93,7 +93,7 @@ def test_commands_in_prose(page: Path) -> None:
         if words[0] == "minitune" and len(words) > 1 and words[1] != "…":
             assert words[1] in cli.COMMANDS or words[1].startswith("-"), f"{page.name}: `{code}`"
         if words[0] == "minitune" or words[0].startswith("--"):
-            flags = {cli._option(w.partition("=")[0]) for w in words if w.startswith("--")}
+            flags = {cli.hyphens(w.partition("=")[0]) for w in words if w.startswith("--")}
             assert flags <= known, f"{page.name}: `{code}`: {flags - known}"
 
 

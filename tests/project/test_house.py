@@ -69,7 +69,7 @@ def test_import_arrows() -> None:
     assert {"minitune.data.loader", "minitune.checkpoint.resume"} <= imports(PACKAGE / "train" / "run.py") | imports(
         PACKAGE / "train" / "checks.py"
     )
-    assert "minitune.train.run" in imports(PACKAGE / "cli.py")
+    assert "minitune.train.run" in imports(PACKAGE / "cli" / "train.py")
 
 
 def test_a_wrong_arrow_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +124,7 @@ def calls(file: str, function: str) -> set[str]:
 def test_three_hops() -> None:
     """cli -> train.run.train -> the step, which ends in the optimizer."""
     assert COMMANDS["train"][2].__name__ == "call_train"
-    assert "train" in calls("cli.py", "call_train")
+    assert "train" in calls("cli/train.py", "call_train")
     assert "run.loop" in calls("train/run.py", "train")
     assert "self.one" in calls("train/run.py", "loop") and "self.step" in calls("train/run.py", "one")
     assert "self._update" in calls("train/step.py", "run")
