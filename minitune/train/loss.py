@@ -14,6 +14,27 @@ from torch import Tensor
 CHUNK = 2048
 
 
+class _Select(torch.autograd.Function):
+    """Rows of a matrix. Indexing's own backward sorts the indices; here a sum into zeros does, since a row that comes
+    twice is padding, whose gradient is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TH: Tensor, index_P: Tensor) -> Tensor:
+        ctx.save_for_backward(index_P)
+        ctx.rows = x_TH.shape[0]
+        return x_TH.index_select(0, index_P)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        d_TH = grads[0].new_zeros(ctx.rows, grads[0].shape[1])
+        return d_TH.index_add_(0, ctx.saved_tensors[0], grads[0]), None
+
+
+def select(x_TH: Tensor, index_P: Tensor) -> Tensor:
+    """x[index], [P, H]."""
+    return _Select.apply(x_TH, index_P)  # type: ignore[no-any-return]
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Forms d loss / d hidden (and d weight where the head learns) in the forward pass, chunk by chunk: the logits
     of a chunk are at hand then, and nothing of size V is kept for backward."""

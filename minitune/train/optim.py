@@ -73,9 +73,13 @@ class AdamW:
                     parameter.copy_(master)
                     master.grad = None
 
-    def zero_grad(self) -> None:
+    def zero_grad(self, keep: bool = False) -> None:
+        """`keep`: the gradients' memory stays, filled with zeros, for those who add to it by themselves."""
         for parameter in self.parameters:
-            parameter.grad = None
+            if keep and parameter.grad is not None:
+                parameter.grad.zero_()
+            else:
+                parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
         masters = [m.detach() for m, p in zip(self.masters, self.parameters, strict=True) if m is not p]

@@ -16,7 +16,7 @@ from minitune.data.loader import Pack, StepBatch
 from minitune.model.attention import PackedLayout, choose_kernel
 from minitune.model.decoder import Decoder, Layer
 from minitune.model.lora import Dropout
-from minitune.train.loss import cross_entropy_sum
+from minitune.train.loss import cross_entropy_sum, select
 from minitune.train.optim import AdamW, LossScale
 
 
@@ -39,7 +39,7 @@ def layout_of(pack: Pack, decoder: Decoder) -> PackedLayout:
 def pack_loss(decoder: Decoder, pack: Pack, dropout: Dropout | None = None, chunk: int = 2048) -> Tensor:
     """The summed cross-entropy of a pack's supervised tokens (float32 scalar)."""
     h_TH = decoder.hidden(pack.input_ids, pack.position_ids, layout_of(pack, decoder), dropout)
-    return cross_entropy_sum(h_TH[pack.predict], decoder.head_weight, pack.targets, chunk, decoder.padding)
+    return cross_entropy_sum(select(h_TH, pack.predict), decoder.head_weight, pack.targets, chunk, decoder.padding)
 
 
 def recompute_layers(decoder: Decoder) -> None:
@@ -84,6 +84,8 @@ class TrainStep:
     def run(self, packs: list[Pack], share: Tensor) -> StepResult:
         """Everything that happens on the device: what `graph.capture` records. `share` is 1 / supervised tokens."""
         loss = torch.zeros((), device=self.decoder.device)
+        if self.decoder.stack is not None:
+            self.decoder.stack.refresh()
         for pack in packs:
             part = pack_loss(self.decoder, pack, self._dropout(pack), self.chunk) * share
             (part if self.loss_scale is None else part * self.loss_scale.scale).backward()
@@ -106,7 +108,7 @@ class TrainStep:
         self.optimizer.step(divisor, skip)
         if self.loss_scale is not None:
             self.loss_scale.update(skip)
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(keep=self.decoder.stack is not None)
         self.step_index += 1
         return StepResult(loss, norm, skip)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -40,6 +42,19 @@ def decoder_on(device: str, dtype: torch.dtype) -> Decoder:
             values = torch.randn(parameter.shape, generator=generator) * 0.1
             parameter.copy_(values + 1 if parameter.ndim == 1 else values)
     return decoder.train()
+
+
+def fused_on(device: str, dtype: torch.dtype, keep: bool = True) -> TrainStep:
+    """The same step over `model.fused`."""
+    from minitune.model.fused import FusedStack
+
+    decoder = decoder_on(device, dtype)
+    decoder.stack = FusedStack(decoder, keep)
+    return TrainStep(decoder, AdamW([decoder.stack.flat], TrainConfig()), dropout=0.1, seed=5)
+
+
+def adapters(step: TrainStep) -> list[torch.Tensor]:
+    return [p.detach() for n in step.decoder.linears() if n.lora is not None for p in (n.lora.A, n.lora.B)]
 
 
 def step_on(device: str, dtype: torch.dtype) -> TrainStep:
@@ -87,16 +102,59 @@ def test_compiled_gradients_are_the_plain_ones(device: str, dtype: torch.dtype, 
             assert float((ours - want).norm() / want.norm()) < close
 
 
+def test_fused_steps_are_plain_steps() -> None:
+    """Dropout, clipping and updates over changing packs, two a step: losses, norms and what was learned agree."""
+    pytest.importorskip("triton", reason="Triton is not installed (pip install triton runs this in its interpreter)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    plain, fused = step_on(device, torch.float32), fused_on(device, torch.float32, keep=False)
+    found = packs(4)
+    for i in (0, 2):
+        batch = StepBatch(found[i : i + 2], 1)
+        ours, want = fused(batch, 1e-3 / (i + 1)), plain(batch, 1e-3 / (i + 1))
+        assert float(ours.loss) == pytest.approx(float(want.loss), rel=1e-6)
+        assert float(ours.grad_norm) == pytest.approx(float(want.grad_norm), rel=1e-5)
+    for a, b in zip(adapters(fused), adapters(plain), strict=True):
+        assert float((a - b).norm() / b.norm()) < 1e-5
+
+
+def test_the_contract_names_what_moved() -> None:
+    """A parameter that was replaced, one whose memory was, and another dtype are each an error by name."""
+    step = step_on("cpu", torch.float32)
+    step(StepBatch(packs(1), 1), 1e-3)
+    step.optimizer.parameters[0].grad = torch.zeros_like(step.optimizer.parameters[0])
+    contract = graph.Contract.of(step)
+    contract.check()
+    step(StepBatch(packs(1), 1), 1e-3)  # it drops the gradients
+    with pytest.raises(RuntimeError, match="gradient 0"):
+        contract.check()
+    contract = graph.Contract.of(step)
+    step.decoder.norm.weight.data = step.decoder.norm.weight.data.clone()
+    with pytest.raises(RuntimeError, match=r"norm\.weight"):
+        contract.check()
+    contract = graph.Contract.of(step)
+    step.optimizer.load_state_dict(copy.deepcopy(step.optimizer.state_dict()))
+    with pytest.raises(RuntimeError, match="moments"):
+        contract.check()
+    contract = graph.Contract.of(step)
+    linear = step.decoder.layers[1].mlp.down
+    linear.weight = torch.nn.Parameter(linear.weight.half(), requires_grad=False)
+    with pytest.raises(RuntimeError, match=r"layers\.1\.mlp\.down\.weight"):
+        contract.check()
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("how", ["compiled", "fused", "recomputed"])
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
-def test_captured_steps_are_plain_steps(dtype: torch.dtype, close: float) -> None:
+def test_captured_steps_are_plain_steps(dtype: torch.dtype, close: float, how: str) -> None:
     """20 steps with changing inputs, rates and capacities, dropout on: losses, norms and what was learned agree."""
-    plain, base = step_on("cuda", dtype), step_on("cuda", dtype)
+    plain = step_on("cuda", dtype)
+    base = step_on("cuda", dtype) if how == "compiled" else fused_on("cuda", dtype, keep=how == "fused")
     batches = [StepBatch([pack], len(pack.lengths)) for pack in packs(20)]
     sizes = [(b.tokens, len(b.packs[0].lengths), b.supervised) for b in batches]
     capacities = graph.capacities(sizes, most=2)
     samples = [next(b.packs[0] for b in batches if c.holds(b.packs[0])) for c in capacities]
-    graph.compile_layers(base)
+    if how == "compiled":
+        graph.compile_layers(base)
     captured = graph.capture(base, capacities, samples, longest=70)
     assert float(base.step_index) == 0 and captured.plain_steps == 0
     for i, batch in enumerate(batches):
@@ -105,8 +163,11 @@ def test_captured_steps_are_plain_steps(dtype: torch.dtype, close: float) -> Non
         assert float(ours.grad_norm) == pytest.approx(float(want.grad_norm), rel=4 * close)
         assert not float(ours.skipped)
     assert captured.plain_steps == 0
-    for a, b in zip(base.optimizer.parameters, plain.optimizer.parameters, strict=True):
+    for a, b in zip(adapters(base), adapters(plain), strict=True):
         assert float((a - b).norm() / b.norm()) < close
+    base.decoder.norm.weight.data = base.decoder.norm.weight.data.clone()
+    with pytest.raises(RuntimeError, match="no longer holds"):
+        captured(batches[0], 1e-3)
 
 
 def test_capacities_hold_every_size_with_little_padding() -> None:

@@ -1,0 +1,280 @@
+"""The layers of a LoRA run by hand: the plain decoder's values and gradients in a third of its launches.
+
+`FusedStack(decoder)` takes the place of the loop over layers. Forward and backward are written out below, a matrix
+multiplication and a kernel of `fused_kernels` in turn; autograd sees one function. What it rests on:
+- The adapter's B lies in a strip behind the frozen weight, h = s · dropout(x) Aᵀ in a strip behind the input: base and
+  adapter are one multiplication, and so are the gradients of input and h.
+- All adapters are slices of one float32 parameter: one optimizer call, one norm; `refresh` makes the computation's
+  copies of it after each update.
+- Frozen weights get no gradient, so only what `backward` names is kept; with `keep=False` two hidden states a layer,
+  and the rest is computed again (all but the two multiplications whose results nothing needs).
+
+Legend: T tokens, H hidden, X inputs, Y outputs, R a strip's width, P rows of A, F FFN width, N heads, D head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from minitune.model import kernels
+from minitune.model.decoder import Decoder, Layer, Linear
+from minitune.model.fused_ops import Slot, grads, input_back, norm_back, norm_in, silu_mul, silu_mul_back, strip
+from minitune.model.lora import Dropout
+from minitune.model.rope import rotate
+
+STRIP = 64  # strips are multiples of this: rows stay aligned for the matrix units
+
+
+def strip_width(rows_of_a: int) -> int:
+    """The strip for this many rows of A: a power of two, at least 64; 0 for none."""
+    width = STRIP if rows_of_a else 0
+    while width < rows_of_a:
+        width *= 2
+    return width
+
+
+def why_not(decoder: Decoder) -> str:
+    """Why these layers can't be fused; "" where they can."""
+    if not kernels.AVAILABLE:
+        return "Triton is not installed"
+    if decoder.lora_config is None:
+        return "no adapter learns"
+    for kind in Slot.KINDS:
+        linears = decoder.of_kind(kind)
+        shapes = {None if n.lora is None else tuple((s, e) for _, s, e in n.lora.parts) for n in linears}
+        if len(shapes) > 1:
+            return "the adapters differ from layer to layer"
+    return ""
+
+
+def flatten(decoder: Decoder) -> nn.Parameter:
+    """Makes every adapter a slice of one float32 parameter, which is returned; its gradient's slices are theirs."""
+    loras = [linear.lora for linear in decoder.linears() if linear.lora is not None]
+    parameters = [p for lora in loras for p in (lora.A, lora.B)]
+    flat = nn.Parameter(torch.cat([p.detach().reshape(-1) for p in parameters]))
+    flat.grad = torch.zeros_like(flat)
+    at = 0
+    for parameter in parameters:
+        end = at + parameter.numel()
+        shape = parameter.shape
+        parameter.data = flat.data[at:end].view(shape)
+        parameter.grad = flat.grad[at:end].view(shape)
+        at = end
+    return flat
+
+
+def row_table(linear: Linear) -> tuple[Tensor, Tensor]:
+    """int32 [Y] twice: the part of the adapter that an output row belongs to (-1: none), and its row of B."""
+    assert linear.lora is not None
+    part = torch.full((linear.weight.shape[0],), -1, dtype=torch.int32)
+    row = torch.zeros_like(part)
+    for i, (_, _, b, y) in enumerate(linear.lora.rows()):
+        part[y] = i
+        row[y] = torch.arange(b.start, b.stop, dtype=torch.int32)
+    return part.to(linear.weight.device), row.to(linear.weight.device)
+
+
+class Kept(NamedTuple):
+    """What a layer's backward needs. Without the rest, x1 and x2 alone, it is computed again."""
+
+    x1: Tensor
+    x2: Tensor
+    attention: tuple[Any, ...] | None = None
+    mlp: tuple[Any, ...] | None = None
+
+
+@dataclass
+class Context:
+    """What is the same for all layers of a pass. drop: see `fused_kernels._kept`; None: no dropout."""
+
+    cos: Tensor
+    sin: Tensor
+    layout: Any
+    drop: Tensor | None
+
+
+class FusedStack:
+    """See the module. The decoder's adapters must be attached and filled; its weights may have been allocated with
+    strips (`Decoder.allocate`), otherwise they are copied into wider ones here."""
+
+    def __init__(self, decoder: Decoder, keep: bool = True):
+        reason = why_not(decoder)
+        if reason:
+            raise ValueError(reason)
+        self.decoder, self.keep = decoder, keep
+        self.flat = flatten(decoder)
+        self.shadow = torch.empty_like(self.flat.data, dtype=decoder.dtype)
+        self.wide: dict[str, Tensor] = {}
+        self.slots: list[dict[str, Slot]] = [{} for _ in decoder.layers]
+        for kind in Slot.KINDS:
+            self._place(kind)
+        self._share()
+        self.refresh()
+
+    def _place(self, kind: str) -> None:
+        """The weights of one kind, widened by a strip where they carry adapters."""
+        decoder = self.decoder
+        linears = decoder.of_kind(kind)
+        lora, rows = linears[0].lora, None
+        if lora is None:
+            wides = [linear.weight.data for linear in linears]
+        else:
+            rows = row_table(linears[0])
+            if kind not in decoder.strips:
+                decoder.widen(kind, strip_width(lora.A.shape[0]))
+            self.wide[kind] = decoder.strips[kind]
+            wides = list(self.wide[kind])
+        for slots, linear, wide in zip(self.slots, linears, wides, strict=True):
+            slots[kind] = Slot(linear, wide, rows)
+
+    def _share(self) -> None:
+        """Gives each slot its slices of the shadow and of the gradient."""
+        at, grad = 0, self.flat.grad
+        assert grad is not None
+        for slots in self.slots:
+            for slot in slots.values():
+                if slot.lora is None:
+                    continue
+                a, b = slot.lora.A.numel(), slot.lora.B.numel()
+                slot.a = self.shadow[at : at + a].view_as(slot.lora.A)
+                slot.da = grad[at : at + a].view_as(slot.lora.A)
+                slot.db = grad[at + a : at + a + b].view_as(slot.lora.B)
+                at += a + b
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """The computation's copies of A and B, after every change of them."""
+        self.shadow.copy_(self.flat)
+        layers = len(self.slots)
+        start = 0
+        for kind in Slot.KINDS:
+            first = self.slots[0][kind]
+            if first.lora is None:
+                continue
+            a, b = first.lora.A.numel(), first.lora.B.numel()
+            shape, r = first.lora.B.shape, first.r
+            b_LYr = self.shadow.view(layers, -1)[:, start + a : start + a + b].view(layers, *shape)
+            for i, (_, _, rows, y) in enumerate(first.lora.rows()):
+                self.wide[kind][:, y, first.X + i * r : first.X + (i + 1) * r].copy_(b_LYr[:, rows])
+            start += a + b
+
+    def __call__(self, x_TH: Tensor, cos: Tensor, sin: Tensor, layout: Any, dropout: Dropout | None) -> Tensor:
+        drop = None
+        if dropout is not None:
+            head = torch.stack((dropout.threshold, dropout.scale.float().view(torch.int32)))
+            drop = torch.cat((head, dropout.key_T))
+        return _Layers.apply(x_TH, self.flat, self, Context(cos, sin, layout, drop))  # type: ignore[no-any-return]
+
+    # Forward
+
+    def attention(self, i: int, x: Tensor, y: Tensor | None, ctx: Context) -> tuple[Tensor, tuple[Any, ...]]:
+        """(x + m · y, what backward needs) of a layer's attention, its output in the last of them."""
+        slots, attn = self.slots[i], self.layer(i).attn
+        x1, n, rstd = norm_in(x, y, self.gain, self.layer(i).attn_norm, slots["attn.qkv"], ctx.drop)
+        qkv = slots["attn.qkv"].forward(n)
+        o = slots["attn.o"]
+        out = torch.empty(x.shape[0], o.X + o.R, dtype=x.dtype, device=x.device)
+        if ctx.layout.kernel == "short":
+            cos, sin, cu = ctx.cos[:, 0], ctx.sin[:, 0], ctx.layout.cu_seqlens
+            state: Any = kernels.attend_forward(qkv, cos, sin, cu, out, attn.heads, attn.kv_heads, attn.scale)
+        else:
+            heads = (attn.heads, attn.kv_heads, attn.kv_heads)
+            with torch.enable_grad():
+                leaf = qkv.detach().requires_grad_()
+                q, k, v = leaf.view(-1, sum(heads), attn.head_dim).split(heads, dim=1)
+                q, k = rotate(q, ctx.cos, ctx.sin), rotate(k, ctx.cos, ctx.sin)
+                result = ctx.layout.attend(q, k, v, attn.scale).reshape(x.shape[0], -1)
+            state = (leaf, result)
+            out[:, : o.X] = result.detach()
+        strip(out, o, ctx.drop)
+        return x1, (rstd, n, qkv, state, out)
+
+    def mlp(self, i: int, x: Tensor, y: Tensor | None, ctx: Context) -> tuple[Tensor, tuple[Any, ...]]:
+        """The same of its MLP."""
+        slots = self.slots[i]
+        x2, n, rstd = norm_in(x, y, self.gain, self.layer(i).mlp_norm, slots["mlp.gate_up"], ctx.drop)
+        gate_up = slots["mlp.gate_up"].forward(n)
+        return x2, (rstd, n if slots["mlp.gate_up"].R else None, gate_up)
+
+    def activated(self, i: int, gate_up: Tensor, ctx: Context) -> Tensor:
+        act = silu_mul(gate_up, self.slots[i]["mlp.down"])
+        strip(act, self.slots[i]["mlp.down"], ctx.drop)
+        return act
+
+    def layer_forward(self, i: int, x: Tensor, y: Tensor | None, ctx: Context) -> tuple[Tensor, Tensor, Kept]:
+        """(x, y): the residual stream, and what is still to be added to it times m."""
+        x1, attention = self.attention(i, x, y, ctx)
+        x2, mlp = self.mlp(i, x1, self.slots[i]["attn.o"].forward(attention[-1]), ctx)
+        y = self.slots[i]["mlp.down"].forward(self.activated(i, mlp[-1], ctx))
+        return x2, y, Kept(x1, x2, attention, mlp) if self.keep else Kept(x1, x2)
+
+    # Backward
+
+    def layer_backward(self, i: int, d: Tensor, kept: Kept, ctx: Context) -> None:
+        """d, the gradient of the layer's result, becomes that of its input; the adapters' gradients are added."""
+        slots, layer, drop, m = self.slots[i], self.layer(i), ctx.drop, self.gain
+        qkv_, o_, gate_up_, down_ = (slots[kind] for kind in Slot.KINDS)
+        rstd, n, gate_up = kept.mlp or self.mlp(i, kept.x2, None, ctx)[1]
+        d_act = down_.backward(d)
+        if down_.R:
+            grads(d, self.activated(i, gate_up, ctx), d_act, down_, drop, m)
+        silu_mul_back(gate_up, d_act, down_, drop, m)  # gate_up holds its gradient now
+        del d_act
+        d_n = gate_up_.backward(gate_up)
+        if gate_up_.R:
+            grads(gate_up, n, d_n, gate_up_, drop, 1.0)
+        del gate_up
+        norm_back(d, d_n, gate_up_, drop, kept.x2, rstd, layer.mlp_norm)
+
+        rstd, n, qkv, state, out = kept.attention or self.attention(i, kept.x1, None, ctx)[1]
+        d_out = o_.backward(d)
+        if o_.R:
+            grads(d, out, d_out, o_, drop, m)
+        d_qkv = self.attention_backward(i, d_out, qkv, state, out, ctx)
+        d_n = qkv_.backward(d_qkv)
+        if qkv_.R:
+            grads(d_qkv, n, d_n, qkv_, drop, 1.0)
+        norm_back(d, d_n, qkv_, drop, kept.x1, rstd, layer.attn_norm)
+
+    def attention_backward(self, i: int, d_out: Tensor, qkv: Tensor, state: Any, out: Tensor, ctx: Context) -> Tensor:
+        attn, o = self.layer(i).attn, self.slots[i]["attn.o"]
+        d, delta = input_back(d_out, out, o, ctx.drop, self.gain, attn.head_dim)
+        if ctx.layout.kernel == "short":
+            cos, sin, cu = ctx.cos[:, 0], ctx.sin[:, 0], ctx.layout.cu_seqlens
+            return kernels.attend_backward(
+                d, qkv, cos, sin, cu, delta, state, attn.heads, attn.kv_heads, attn.scale
+            )  # fmt: skip
+        leaf, result = state
+        return torch.autograd.grad(result, leaf, d)[0]
+
+    @property
+    def gain(self) -> float:
+        return self.decoder.config.residual_multiplier
+
+    def layer(self, i: int) -> Layer:
+        return self.decoder.layers[i]  # type: ignore[return-value]
+
+
+class _Layers(torch.autograd.Function):
+    """x [T, H] through all layers. `flat` stands for the adapters: its gradient is added to `flat.grad` in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, flat: Tensor, stack: FusedStack, context: Context) -> Tensor:
+        y: Tensor | None = None
+        kept = []
+        for i in range(len(stack.slots)):
+            x, y, one = stack.layer_forward(i, x, y, context)
+            kept.append(one if ctx.needs_input_grad[1] else None)
+        ctx.stack, ctx.context, ctx.kept = stack, context, kept
+        return x if y is None else torch.add(x, y, alpha=stack.gain)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        d = grads[0].clone(memory_format=torch.contiguous_format)
+        for i in reversed(range(len(ctx.kept))):
+            ctx.stack.layer_backward(i, d, ctx.kept.pop(), ctx.context)
+        return None, None, None, None

@@ -1,0 +1,248 @@
+"""Triton kernels of the fused LoRA stack (`model.fused`): what stands between its matrix multiplications.
+
+Each joins what plain code spreads over several passes: residual sum, RMSNorm, dropout and the product with A on the
+way in; dropout's other side, the norm's gradient and the residual on the way back. tests/model/test_fused.py compares
+them with the plain layer, in Triton's interpreter where there is no card.
+
+A linear's input lies in a buffer [T, X + R]: the input itself, and behind it the strip h = s · dropout(x) Aᵀ, so that
+one multiplication with the weight [Y, X + R], whose strip holds B, gives base and adapter together.
+Legend: T tokens, H hidden, X inputs, Y outputs, R the strip's width (0: no adapter), P rows of A, F FFN width,
+N query heads, D head width.
+"""
+
+from __future__ import annotations
+
+from minitune.model.kernels import AVAILABLE
+
+if AVAILABLE:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _mix32(x):
+        """`lora.mix32` on uint32."""
+        x = x ^ (x >> 16)
+        x = x * 0x7FEB352D
+        x = x ^ (x >> 15)
+        x = x * 0x846CA68B
+        return x ^ (x >> 16)
+
+    @triton.jit
+    def _kept(drop_ptr, site_ptr, rows, ok, columns):
+        """(which of these [rows, columns] dropout keeps, its scale): `lora.Dropout`, draw for draw.
+
+        drop_ptr: int32 [2 + T]: threshold, the bits of the float32 scale, the tokens' keys.
+        """
+        threshold = tl.load(drop_ptr)
+        scale = tl.load(drop_ptr + 1).to(tl.float32, bitcast=True)
+        key = tl.load(drop_ptr + 2 + rows, mask=ok, other=0).to(tl.uint32, bitcast=True)
+        site = _mix32(tl.load(site_ptr).to(tl.uint32, bitcast=True))
+        column = _mix32(columns.to(tl.uint32) ^ site)
+        draw = _mix32(key[:, None] ^ column[None, :]).to(tl.int32, bitcast=True)
+        return draw >= threshold, scale
+
+    @triton.jit
+    def _norm_in(
+        x_ptr, y_ptr, gain, weight_ptr, a_ptr, drop_ptr, site_ptr, s, sum_ptr, out_ptr, rstd_ptr, tokens, eps,
+        H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, SUM: tl.constexpr, DROP: tl.constexpr,
+        BT: tl.constexpr, BH: tl.constexpr,
+    ):  # fmt: skip
+        """sum = x + gain · y; out = [norm(sum) | s · dropout(norm(sum)) Aᵀ]; rstd."""
+        t = tl.program_id(0) * BT + tl.arange(0, BT)
+        ok = t < tokens
+        kind = out_ptr.dtype.element_ty
+        square = tl.zeros((BT,), tl.float32)
+        for at in range(0, H, BH):
+            c = at + tl.arange(0, BH)
+            there = ok[:, None] & (c < H)[None, :]
+            x = tl.load(x_ptr + t[:, None] * H + c, mask=there, other=0.0)
+            if SUM:
+                y = tl.load(y_ptr + t[:, None] * H + c, mask=there, other=0.0)
+                x = (x.to(tl.float32) + gain * y.to(tl.float32)).to(kind)
+                tl.store(sum_ptr + t[:, None] * H + c, x, mask=there)
+            square += tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
+        rstd = 1.0 / tl.sqrt(square / H + eps)
+        tl.store(rstd_ptr + t, rstd, mask=ok)
+        if R > 0:
+            h = tl.zeros((BT, R), tl.float32)
+            p = tl.arange(0, R)
+        for at in range(0, H, BH):
+            c = at + tl.arange(0, BH)
+            there = ok[:, None] & (c < H)[None, :]
+            x = tl.load(x_ptr + t[:, None] * H + c, mask=there, other=0.0)
+            if SUM:  # summed once more: what was stored above may not be visible to all of the program's threads yet
+                y = tl.load(y_ptr + t[:, None] * H + c, mask=there, other=0.0)
+                x = (x.to(tl.float32) + gain * y.to(tl.float32)).to(kind)
+            weight = tl.load(weight_ptr + c, mask=c < H, other=0.0).to(kind)
+            n = (x.to(tl.float32) * rstd[:, None]).to(kind) * weight[None, :]
+            tl.store(out_ptr + t[:, None] * (H + R) + c, n, mask=there)
+            if R > 0:
+                if DROP:
+                    kept, scale = _kept(drop_ptr, site_ptr, t, ok, c)
+                    n = tl.where(kept, n * scale.to(kind), 0.0).to(kind)
+                a = tl.load(a_ptr + p[None, :] * H + c[:, None], mask=(p < P)[None, :] & (c < H)[:, None], other=0.0)
+                h += tl.dot(n, a, input_precision="ieee")
+        if R > 0:
+            tl.store(out_ptr + t[:, None] * (H + R) + H + p, (h * s).to(kind), mask=ok[:, None])
+
+    @triton.jit
+    def _strip(
+        x_ptr, a_ptr, drop_ptr, site_ptr, s, tokens,
+        X: tl.constexpr, R: tl.constexpr, P: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
+    ):  # fmt: skip
+        """Fills the strip of [x | h]: h = s · dropout(x) Aᵀ."""
+        t = tl.program_id(0) * BT + tl.arange(0, BT)
+        ok = t < tokens
+        kind = x_ptr.dtype.element_ty
+        p = tl.arange(0, R)
+        h = tl.zeros((BT, R), tl.float32)
+        for at in range(0, X, BH):
+            c = at + tl.arange(0, BH)
+            x = tl.load(x_ptr + t[:, None] * (X + R) + c, mask=ok[:, None] & (c < X)[None, :], other=0.0)
+            if DROP:
+                kept, scale = _kept(drop_ptr, site_ptr, t, ok, c)
+                x = tl.where(kept, x * scale.to(kind), 0.0).to(kind)
+            a = tl.load(a_ptr + p[None, :] * X + c[:, None], mask=(p < P)[None, :] & (c < X)[:, None], other=0.0)
+            h += tl.dot(x, a, input_precision="ieee")
+        tl.store(x_ptr + t[:, None] * (X + R) + X + p, (h * s).to(kind), mask=ok[:, None])
+
+    @triton.jit
+    def _through_lora(
+        dx_ptr, a_ptr, drop_ptr, site_ptr, s, rows, ok, c,
+        X: tl.constexpr, R: tl.constexpr, P: tl.constexpr, DROP: tl.constexpr,
+    ):  # fmt: skip
+        """These [rows, c] of the gradient of x: dx of [dx | dh], and dropout's other side of s · dh A. Float32."""
+        inside = ok[:, None] & (c < X)[None, :]
+        d = tl.load(dx_ptr + rows[:, None] * (X + R) + c, mask=inside, other=0.0)
+        out = d.to(tl.float32)
+        if R > 0:
+            p = tl.arange(0, R)
+            dh = tl.load(dx_ptr + rows[:, None] * (X + R) + X + p, mask=ok[:, None], other=0.0)
+            a = tl.load(a_ptr + p[:, None] * X + c, mask=(p < P)[:, None] & (c < X)[None, :], other=0.0)
+            part = tl.dot(dh, a, input_precision="ieee") * s
+            if DROP:
+                kept, scale = _kept(drop_ptr, site_ptr, rows, ok, c)
+                part = tl.where(kept, part * scale, 0.0)
+            out += part
+        return out
+
+    @triton.jit
+    def _norm_back(
+        d_ptr, dx_ptr, a_ptr, drop_ptr, site_ptr, s, x_ptr, rstd_ptr, weight_ptr, tokens,
+        H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
+    ):  # fmt: skip
+        """d += the gradient of RMSNorm's input: d [T, H] is the residual's own gradient, changed in place."""
+        t = tl.program_id(0) * BT + tl.arange(0, BT)
+        ok = t < tokens
+        rstd = tl.load(rstd_ptr + t, mask=ok, other=0.0)
+        along = tl.zeros((BT,), tl.float32)
+        for at in range(0, H, BH):
+            c = at + tl.arange(0, BH)
+            there = ok[:, None] & (c < H)[None, :]
+            g = _through_lora(dx_ptr, a_ptr, drop_ptr, site_ptr, s, t, ok, c, H, R, P, DROP)
+            g *= tl.load(weight_ptr + c, mask=c < H, other=0.0).to(tl.float32)[None, :]
+            x = tl.load(x_ptr + t[:, None] * H + c, mask=there, other=0.0).to(tl.float32)
+            along += tl.sum(g * x, 1)
+        along *= rstd * rstd / H
+        for at in range(0, H, BH):
+            c = at + tl.arange(0, BH)
+            there = ok[:, None] & (c < H)[None, :]
+            g = _through_lora(dx_ptr, a_ptr, drop_ptr, site_ptr, s, t, ok, c, H, R, P, DROP)
+            g *= tl.load(weight_ptr + c, mask=c < H, other=0.0).to(tl.float32)[None, :]
+            x = tl.load(x_ptr + t[:, None] * H + c, mask=there, other=0.0).to(tl.float32)
+            d = tl.load(d_ptr + t[:, None] * H + c, mask=there, other=0.0).to(tl.float32)
+            d += rstd[:, None] * (g - x * along[:, None])
+            tl.store(d_ptr + t[:, None] * H + c, d.to(d_ptr.dtype.element_ty), mask=there)
+
+    @triton.jit
+    def _input_back(
+        dx_ptr, out_ptr, delta_ptr, y_ptr, a_ptr, drop_ptr, site_ptr, s, gain, tokens,
+        X: tl.constexpr, R: tl.constexpr, P: tl.constexpr, DROP: tl.constexpr, DELTA: tl.constexpr,
+        BT: tl.constexpr, BH: tl.constexpr,
+    ):  # fmt: skip
+        """out [T, X] = gain · the gradient of x; with DELTA also, for each head (BH columns), delta [N, T] = Σ out · y,
+        which attention's backward begins with; y [T, X + R] is what attention gave."""
+        t = tl.program_id(0) * BT + tl.arange(0, BT)
+        ok = t < tokens
+        c = tl.program_id(1) * BH + tl.arange(0, BH)
+        there = ok[:, None] & (c < X)[None, :]
+        d = gain * _through_lora(dx_ptr, a_ptr, drop_ptr, site_ptr, s, t, ok, c, X, R, P, DROP)
+        d = d.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + t[:, None] * X + c, d, mask=there)
+        if DELTA:
+            y = tl.load(y_ptr + t[:, None] * (X + R) + c, mask=there, other=0.0)
+            delta = tl.sum(d.to(tl.float32) * y.to(tl.float32), 1)
+            tl.store(delta_ptr + tl.program_id(1) * tokens + t, delta, mask=ok)
+
+    @triton.jit
+    def _grads(
+        dy_ptr, x_ptr, dx_ptr, drop_ptr, site_ptr, part_ptr, row_ptr, da_ptr, db_ptr, s, gain, tokens,
+        X: tl.constexpr, Y: tl.constexpr, R: tl.constexpr, P: tl.constexpr, r: tl.constexpr, DROP: tl.constexpr,
+        BT: tl.constexpr, BC: tl.constexpr,
+    ):  # fmt: skip
+        """Adds the adapter's gradients: programs below ceil(Y / BC) take rows of dB = gain · dyᵀ h, the rest columns
+        of dA = gain · s · dhᵀ dropout(x). part, row: int32 [Y], the part that an output row belongs to (-1: none) and
+        its row of B."""
+        block = tl.program_id(0)
+        p = tl.arange(0, R)
+        first: tl.constexpr = (Y + BC - 1) // BC
+        kind = x_ptr.dtype.element_ty
+        if block < first:
+            o = block * BC + tl.arange(0, BC)
+            acc = tl.zeros((BC, R), tl.float32)
+            for at in range(0, tokens, BT):
+                t = at + tl.arange(0, BT)
+                ok = t < tokens
+                dy = tl.load(dy_ptr + t[None, :] * Y + o[:, None], mask=ok[None, :] & (o < Y)[:, None], other=0.0)
+                h = tl.load(x_ptr + t[:, None] * (X + R) + X + p, mask=ok[:, None], other=0.0)
+                acc += tl.dot(dy, h, input_precision="ieee")
+            part = tl.load(part_ptr + o, mask=o < Y, other=-1)
+            row = tl.load(row_ptr + o, mask=o < Y, other=0)
+            own = (part >= 0)[:, None] & (p[None, :] // r == part[:, None])
+            place = row[:, None] * r + p[None, :] - part[:, None] * r
+            before = tl.load(db_ptr + place, mask=own, other=0.0)
+            tl.store(db_ptr + place, before + gain * acc, mask=own)
+        else:
+            c = (block - first) * BC + tl.arange(0, BC)
+            total = tl.zeros((R, BC), tl.float32)
+            for at in range(0, tokens, BT):
+                t = at + tl.arange(0, BT)
+                ok = t < tokens
+                x = tl.load(x_ptr + t[:, None] * (X + R) + c, mask=ok[:, None] & (c < X)[None, :], other=0.0)
+                if DROP:
+                    kept, scale = _kept(drop_ptr, site_ptr, t, ok, c)
+                    x = tl.where(kept, x * scale.to(kind), 0.0).to(kind)
+                dh = tl.load(dx_ptr + t[None, :] * (X + R) + X + p[:, None], mask=ok[None, :], other=0.0)
+                total += tl.dot(dh, x, input_precision="ieee")
+            own = (p < P)[:, None] & (c < X)[None, :]
+            before = tl.load(da_ptr + p[:, None] * X + c, mask=own, other=0.0)
+            tl.store(da_ptr + p[:, None] * X + c, before + gain * s * total, mask=own)
+
+    @triton.jit
+    def _silu_mul(gu_ptr, out_ptr, tokens, F: tl.constexpr, R: tl.constexpr, B: tl.constexpr):
+        t = tl.program_id(0)
+        c = tl.program_id(1) * B + tl.arange(0, B)
+        g = tl.load(gu_ptr + t * 2 * F + c, mask=c < F, other=0.0)
+        u = tl.load(gu_ptr + t * 2 * F + F + c, mask=c < F, other=0.0)
+        wide = g.to(tl.float32)
+        act = (wide / (1.0 + tl.exp(-wide))).to(g.dtype) * u
+        tl.store(out_ptr + t * (F + R) + c, act, mask=c < F)
+
+    @triton.jit
+    def _silu_mul_back(
+        gu_ptr, dx_ptr, a_ptr, drop_ptr, site_ptr, s, gain, tokens,
+        F: tl.constexpr, R: tl.constexpr, P: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
+    ):  # fmt: skip
+        """gate|up becomes gain · its gradient, in place; dx [T, F + R] is the gradient behind silu(gate) · up."""
+        t = tl.program_id(0) * BT + tl.arange(0, BT)
+        ok = t < tokens
+        c = tl.program_id(1) * BH + tl.arange(0, BH)
+        there = ok[:, None] & (c < F)[None, :]
+        d = gain * _through_lora(dx_ptr, a_ptr, drop_ptr, site_ptr, s, t, ok, c, F, R, P, DROP)
+        at = t[:, None] * (2 * F) + c
+        g = tl.load(gu_ptr + at, mask=there, other=0.0).to(tl.float32)
+        u = tl.load(gu_ptr + at + F, mask=there, other=0.0).to(tl.float32)
+        gate = 1.0 / (1.0 + tl.exp(-g))
+        kind = gu_ptr.dtype.element_ty
+        tl.store(gu_ptr + at, (d * u * gate * (1.0 + g * (1.0 - gate))).to(kind), mask=there)
+        tl.store(gu_ptr + at + F, (d * g * gate).to(kind), mask=there)

@@ -1,0 +1,118 @@
+"""A launch each: the kernels of `fused_kernels` on tensors. Legend as there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minitune.model import fused_kernels as fk
+from minitune.model.decoder import Linear
+
+ROWS, COLUMNS = 16, 128  # a tile of the row-wise kernels
+
+
+class Slot:
+    """One linear of one layer with what its adapter needs; R = P = r = 0 where there is none."""
+
+    KINDS = ("attn.qkv", "attn.o", "mlp.gate_up", "mlp.down")
+
+    def __init__(self, linear: Linear, wide_YX: Tensor, rows: tuple[Tensor, Tensor] | None):
+        self.wide, self.lora = wide_YX, linear.lora
+        self.Y, self.X = linear.weight.shape
+        self.R = wide_YX.shape[1] - self.X
+        self.P = self.r = 0
+        self.s = 1.0
+        self.a = self.site = self.part = self.row = wide_YX  # never read without an adapter
+        self.da = self.db = wide_YX
+        if linear.lora is not None and rows is not None:
+            self.P, self.r, self.s = linear.lora.A.shape[0], linear.lora.r, linear.lora.scale
+            self.site, (self.part, self.row) = linear.lora.site, rows
+
+    def forward(self, x_TX: Tensor) -> Tensor:
+        return torch.mm(x_TX, self.wide.t())
+
+    def backward(self, dy_TY: Tensor) -> Tensor:
+        return torch.mm(dy_TY, self.wide)
+
+
+def _tiles(tokens: int, columns: int, width: int = COLUMNS) -> tuple[int, int]:
+    return -(-tokens // ROWS), -(-columns // width)
+
+
+def norm_in(
+    x: Tensor, y: Tensor | None, gain: float, norm: Any, slot: Slot, drop: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x + gain · y, [norm of it | h], 1/rms [T])."""
+    tokens, width = x.shape
+    total = torch.empty_like(x) if y is not None else x
+    out = torch.empty(tokens, width + slot.R, dtype=x.dtype, device=x.device)
+    rstd = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    fk._norm_in[(_tiles(tokens, 1)[0],)](
+        x, y if y is not None else x, gain, norm.weight, slot.a, _or(drop, x), slot.site, slot.s, total, out, rstd,
+        tokens, norm.eps, H=width, R=slot.R, P=slot.P, SUM=y is not None, DROP=drop is not None, BT=ROWS, BH=COLUMNS,
+    )  # fmt: skip
+    return total, out, rstd
+
+
+def strip(x: Tensor, slot: Slot, drop: Tensor | None) -> None:
+    """Fills the strip of [x | h]."""
+    if slot.R:
+        fk._strip[(_tiles(x.shape[0], 1)[0],)](
+            x, slot.a, _or(drop, x), slot.site, slot.s, x.shape[0],
+            X=slot.X, R=slot.R, P=slot.P, DROP=drop is not None, BT=ROWS, BH=COLUMNS,
+        )  # fmt: skip
+
+
+def silu_mul(gate_up: Tensor, slot: Slot) -> Tensor:
+    """[silu(gate) · up | room for h]."""
+    tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty(tokens, width + slot.R, dtype=gate_up.dtype, device=gate_up.device)
+    fk._silu_mul[(tokens, -(-width // 1024))](gate_up, out, tokens, F=width, R=slot.R, B=1024)
+    return out
+
+
+def silu_mul_back(gate_up: Tensor, dx: Tensor, slot: Slot, drop: Tensor | None, gain: float) -> None:
+    """gate_up becomes gain · its gradient."""
+    tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+    fk._silu_mul_back[_tiles(tokens, width)](
+        gate_up, dx, slot.a, _or(drop, dx), slot.site, slot.s, gain, tokens,
+        F=width, R=slot.R, P=slot.P, DROP=drop is not None, BT=ROWS, BH=COLUMNS,
+    )  # fmt: skip
+
+
+def norm_back(d: Tensor, dx: Tensor, slot: Slot, drop: Tensor | None, x: Tensor, rstd: Tensor, norm: Any) -> None:
+    """d += the gradient of the norm's input."""
+    fk._norm_back[(_tiles(d.shape[0], 1)[0],)](
+        d, dx, slot.a, _or(drop, d), slot.site, slot.s, x, rstd, norm.weight, d.shape[0],
+        H=slot.X, R=slot.R, P=slot.P, DROP=drop is not None, BT=ROWS, BH=COLUMNS,
+    )  # fmt: skip
+
+
+def input_back(
+    dx: Tensor, y: Tensor, slot: Slot, drop: Tensor | None, gain: float, head_dim: int
+) -> tuple[Tensor, Tensor]:
+    """(gain · the gradient of the input [T, X], delta [N, T])."""
+    tokens = dx.shape[0]
+    out = torch.empty(tokens, slot.X, dtype=dx.dtype, device=dx.device)
+    delta = torch.empty(slot.X // head_dim, tokens, dtype=torch.float32, device=dx.device)
+    fk._input_back[_tiles(tokens, slot.X, head_dim)](
+        dx, out, delta, y, slot.a, _or(drop, dx), slot.site, slot.s, gain, tokens,
+        X=slot.X, R=slot.R, P=slot.P, DROP=drop is not None, DELTA=True, BT=ROWS, BH=head_dim,
+    )  # fmt: skip
+    return out, delta
+
+
+def grads(dy: Tensor, x: Tensor, dx: Tensor, slot: Slot, drop: Tensor | None, gain: float) -> None:
+    """Adds the gradients of A and B. dy [T, Y], x [T, X + R] with its strip, dx [T, X + R] with that of dh."""
+    block = 64
+    fk._grads[(-(-slot.Y // block) + -(-slot.X // block),)](
+        dy, x, dx, _or(drop, x), slot.site, slot.part, slot.row, slot.da, slot.db, slot.s, gain, x.shape[0],
+        X=slot.X, Y=slot.Y, R=slot.R, P=slot.P, r=slot.r, DROP=drop is not None, BT=64, BC=block,
+    )  # fmt: skip
+
+
+def _or(drop: Tensor | None, other: Tensor) -> Tensor:
+    """A pointer that is never read where there is no dropout."""
+    return other if drop is None else drop
