@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +10,24 @@ from torch import Tensor
 from minitune.model import fused_kernels as fk
 from minitune.model.decoder import Linear
 
-ROWS, COLUMNS = 16, 128  # a tile of the row-wise kernels
+
+class Tile(NamedTuple):
+    """Rows and columns of a program's tile, and its warps. `bench/tune_kernels.py` compares them on a card."""
+
+    rows: int
+    columns: int
+    warps: int = 4
+
+
+TILES = {
+    "norm_in": Tile(16, 128),
+    "strip": Tile(16, 128),
+    "norm_back": Tile(16, 128),
+    "input_back": Tile(16, 0),  # the columns are a head
+    "silu_mul": Tile(1, 1024),
+    "silu_mul_back": Tile(16, 128),
+    "grads": Tile(64, 64),
+}
 
 
 class Slot:
@@ -37,56 +54,64 @@ class Slot:
         return torch.mm(dy_TY, self.wide)
 
 
-def _tiles(tokens: int, columns: int, width: int = COLUMNS) -> tuple[int, int]:
-    return -(-tokens // ROWS), -(-columns // width)
+def _grid(tokens: int, columns: int, tile: Tile) -> tuple[int, int]:
+    return -(-tokens // tile.rows), -(-columns // tile.columns)
 
 
 def norm_in(
     x: Tensor, y: Tensor | None, gain: float, norm: Any, slot: Slot, drop: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(x + gain · y, [norm of it | h], 1/rms [T])."""
+    tile = TILES["norm_in"]
     tokens, width = x.shape
     total = torch.empty_like(x) if y is not None else x
     out = torch.empty(tokens, width + slot.R, dtype=x.dtype, device=x.device)
     rstd = torch.empty(tokens, dtype=torch.float32, device=x.device)
-    fk._norm_in[(_tiles(tokens, 1)[0],)](
+    fk._norm_in[(_grid(tokens, 1, tile)[0],)](
         x, y if y is not None else x, gain, norm.weight, slot.a, _or(drop, x), slot.site, slot.s, total, out, rstd,
-        tokens, norm.eps, H=width, R=slot.R, P=slot.P, SUM=y is not None, DROP=drop is not None, BT=ROWS, BH=COLUMNS,
+        tokens, norm.eps, H=width, R=slot.R, P=slot.P, SUM=y is not None, DROP=drop is not None,
+        BT=tile.rows, BH=tile.columns, num_warps=tile.warps,
     )  # fmt: skip
     return total, out, rstd
 
 
 def strip(x: Tensor, slot: Slot, drop: Tensor | None) -> None:
     """Fills the strip of [x | h]."""
+    tile = TILES["strip"]
     if slot.R:
-        fk._strip[(_tiles(x.shape[0], 1)[0],)](
+        fk._strip[(_grid(x.shape[0], 1, tile)[0],)](
             x, slot.a, _or(drop, x), slot.site, slot.s, x.shape[0],
-            X=slot.X, R=slot.R, P=slot.P, DROP=drop is not None, BT=ROWS, BH=COLUMNS,
+            X=slot.X, R=slot.R, P=slot.P, DROP=drop is not None, BT=tile.rows, BH=tile.columns, num_warps=tile.warps,
         )  # fmt: skip
 
 
 def silu_mul(gate_up: Tensor, slot: Slot) -> Tensor:
     """[silu(gate) · up | room for h]."""
+    tile = TILES["silu_mul"]
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(tokens, width + slot.R, dtype=gate_up.dtype, device=gate_up.device)
-    fk._silu_mul[(tokens, -(-width // 1024))](gate_up, out, tokens, F=width, R=slot.R, B=1024)
+    fk._silu_mul[_grid(tokens, width, tile)](
+        gate_up, out, tokens, F=width, R=slot.R, B=tile.columns, num_warps=tile.warps
+    )
     return out
 
 
 def silu_mul_back(gate_up: Tensor, dx: Tensor, slot: Slot, drop: Tensor | None, gain: float) -> None:
     """gate_up becomes gain · its gradient."""
+    tile = TILES["silu_mul_back"]
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
-    fk._silu_mul_back[_tiles(tokens, width)](
+    fk._silu_mul_back[_grid(tokens, width, tile)](
         gate_up, dx, slot.a, _or(drop, dx), slot.site, slot.s, gain, tokens,
-        F=width, R=slot.R, P=slot.P, DROP=drop is not None, BT=ROWS, BH=COLUMNS,
+        F=width, R=slot.R, P=slot.P, DROP=drop is not None, BT=tile.rows, BH=tile.columns, num_warps=tile.warps,
     )  # fmt: skip
 
 
 def norm_back(d: Tensor, dx: Tensor, slot: Slot, drop: Tensor | None, x: Tensor, rstd: Tensor, norm: Any) -> None:
     """d += the gradient of the norm's input."""
-    fk._norm_back[(_tiles(d.shape[0], 1)[0],)](
+    tile = TILES["norm_back"]
+    fk._norm_back[(_grid(d.shape[0], 1, tile)[0],)](
         d, dx, slot.a, _or(drop, d), slot.site, slot.s, x, rstd, norm.weight, d.shape[0],
-        H=slot.X, R=slot.R, P=slot.P, DROP=drop is not None, BT=ROWS, BH=COLUMNS,
+        H=slot.X, R=slot.R, P=slot.P, DROP=drop is not None, BT=tile.rows, BH=tile.columns, num_warps=tile.warps,
     )  # fmt: skip
 
 
@@ -94,22 +119,25 @@ def input_back(
     dx: Tensor, y: Tensor, slot: Slot, drop: Tensor | None, gain: float, head_dim: int
 ) -> tuple[Tensor, Tensor]:
     """(gain · the gradient of the input [T, X], delta [N, T])."""
+    tile = TILES["input_back"]
     tokens = dx.shape[0]
     out = torch.empty(tokens, slot.X, dtype=dx.dtype, device=dx.device)
     delta = torch.empty(slot.X // head_dim, tokens, dtype=torch.float32, device=dx.device)
-    fk._input_back[_tiles(tokens, slot.X, head_dim)](
+    fk._input_back[_grid(tokens, slot.X, tile._replace(columns=head_dim))](
         dx, out, delta, y, slot.a, _or(drop, dx), slot.site, slot.s, gain, tokens,
-        X=slot.X, R=slot.R, P=slot.P, DROP=drop is not None, DELTA=True, BT=ROWS, BH=head_dim,
+        X=slot.X, R=slot.R, P=slot.P, DROP=drop is not None, DELTA=True,
+        BT=tile.rows, BH=head_dim, num_warps=tile.warps,
     )  # fmt: skip
     return out, delta
 
 
 def grads(dy: Tensor, x: Tensor, dx: Tensor, slot: Slot, drop: Tensor | None, gain: float) -> None:
     """Adds the gradients of A and B. dy [T, Y], x [T, X + R] with its strip, dx [T, X + R] with that of dh."""
-    block = 64
-    fk._grads[(-(-slot.Y // block) + -(-slot.X // block),)](
+    tile = TILES["grads"]
+    fk._grads[(-(-slot.Y // tile.columns) + -(-slot.X // tile.columns),)](
         dy, x, dx, _or(drop, x), slot.site, slot.part, slot.row, slot.da, slot.db, slot.s, gain, x.shape[0],
-        X=slot.X, Y=slot.Y, R=slot.R, P=slot.P, r=slot.r, DROP=drop is not None, BT=64, BC=block,
+        X=slot.X, Y=slot.Y, R=slot.R, P=slot.P, r=slot.r, DROP=drop is not None,
+        BT=tile.rows, BC=tile.columns, num_warps=tile.warps,
     )  # fmt: skip
 
 
