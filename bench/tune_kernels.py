@@ -123,9 +123,8 @@ def main() -> None:
         a, w, dy = made(rows, inputs), made(outputs, inputs), made(rows, outputs)
         there, back = microseconds(lambda a=a, w=w: torch.mm(a, w.t())), microseconds(lambda d=dy, w=w: torch.mm(d, w))
         flops = 2 * rows * inputs * outputs / 1e6
-        print(
-            f"mm {name:10s} forward {there:6.1f} us {flops / there:4.0f} TFLOP/s  backward {back:6.1f} us {flops / back:4.0f}"
-        )
+        speed = f"{flops / there:4.0f} and {flops / back:4.0f} TFLOP/s"
+        print(f"mm {name:10s} forward {there:6.1f}  backward {back:6.1f} us, {speed}")
 
 
 def attention(arguments: argparse.Namespace, qkv: torch.Tensor) -> None:
