@@ -9,8 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from minitune.data import packing
-from minitune.data.template import IGNORED, Encoded
+from minitune.data.packing import Steps
+from minitune.data.store import EncodedRows
+from minitune.data.template import Encoded
 
 if TYPE_CHECKING:
     import torch
@@ -68,32 +73,21 @@ def make_pack(rows: Sequence[Encoded], numbers: Sequence[int], pin: bool = False
     """The pack of these rows; `numbers` are the rows' places in the data set."""
     import torch
 
-    ids: list[int] = []
-    positions: list[int] = []
-    uids: list[int] = []
-    predict: list[int] = []
-    targets: list[int] = []
-    for row, number in zip(rows, numbers, strict=True):
-        base = len(ids)
-        ids += row.input_ids
-        positions += range(len(row.input_ids))
-        uids += range(number << 24, (number << 24) + len(row.input_ids))
-        for i, label in enumerate(row.labels[1:]):
-            if label != IGNORED:
-                predict.append(base + i)
-                targets.append(label)
-    lengths = tuple(len(row.input_ids) for row in rows)
-    cu = [0]
-    for length in lengths:
-        cu.append(cu[-1] + length)
+    chosen = EncodedRows.of(rows)
+    ids, learned = chosen.flat()
+    lengths = chosen.lengths
+    cu = np.concatenate([[0], np.cumsum(lengths)])
+    positions = np.arange(len(ids)) - np.repeat(cu[:-1], lengths)
+    uids = positions + np.repeat(np.asarray(numbers, dtype=np.int64) << 24, lengths)
+    said = np.flatnonzero(learned & (positions > 0))  # nothing stands before a row's first token
 
-    def tensor(values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
-        made = torch.tensor(values, dtype=dtype)
+    def tensor(values: NDArray, dtype: torch.dtype = torch.int64) -> Tensor:
+        made = torch.as_tensor(values).to(dtype)
         return made.pin_memory() if pin else made
 
     return Pack(
-        tensor(ids), tensor(positions), tensor(uids), tensor(cu, torch.int32), tensor(predict), tensor(targets),
-        lengths, len(targets), max(lengths, default=0),
+        tensor(ids), tensor(positions), tensor(uids), tensor(cu, torch.int32), tensor(said - 1), tensor(ids[said]),
+        tuple(lengths.tolist()), len(said), chosen.longest,
     )  # fmt: skip
 
 
@@ -112,22 +106,23 @@ class Loader:
         shuffle: bool = True,
         pin: bool = False,
     ):
-        self.rows, self.seed, self.shuffle, self.pin = rows, seed, shuffle, pin
+        self.rows = EncodedRows.of(rows)
+        self.seed, self.shuffle, self.pin = seed, shuffle, pin
         self.rows_per_step, self.tokens_per_step = rows_per_step, tokens_per_step
         self.tokens_per_pack = tokens_per_pack
-        self.lengths = [len(row.input_ids) for row in rows]
-        self._epoch: tuple[int, list[list[int]]] = (-1, [])
+        self.lengths = self.rows.lengths
+        self._epoch: tuple[int, Steps] = (-1, Steps([], [0]))
 
-    def order(self, epoch: int) -> list[int]:
+    def order(self, epoch: int) -> NDArray[np.int64]:
         """The rows' order in an epoch."""
         import torch
 
         if not self.shuffle:
-            return list(range(len(self.rows)))
+            return np.arange(len(self.rows))
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        return torch.randperm(len(self.rows), generator=generator).tolist()
+        return torch.randperm(len(self.rows), generator=generator).numpy()
 
-    def steps(self, epoch: int) -> list[list[int]]:
+    def steps(self, epoch: int) -> Steps:
         """The rows of each step of an epoch."""
         if self._epoch[0] != epoch:
             order = self.order(epoch)
@@ -141,8 +136,9 @@ class Loader:
     def batch(self, epoch: int, step: int) -> StepBatch:
         """One step's tensors, on the host."""
         rows = self.steps(epoch)[step]
-        packs = packing.packs(rows, self.lengths, self.tokens_per_pack)
-        return StepBatch([make_pack([self.rows[r] for r in p], p, self.pin) for p in packs], len(rows))
+        lengths = dict(zip(rows, self.lengths[rows].tolist(), strict=True))
+        packs = packing.packs(rows, lengths, self.tokens_per_pack)
+        return StepBatch([make_pack(self.rows.select(p), p, self.pin) for p in packs], len(rows))
 
     def batches(self, epoch: int = 0) -> Iterator[StepBatch]:
         """All steps of an epoch, in order."""

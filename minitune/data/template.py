@@ -46,12 +46,15 @@ class Encoded:
         return sum(label != IGNORED for label in self.labels[1:])
 
 
-@dataclass(frozen=True)
-class Segment:
-    """A run of ids that is encoded by itself; `answer` runs are what the model says."""
+# A stretch of a row: an id, or a text with whether special tokens that are spelled in it stay text.
+Part = int | tuple[str, bool]
 
-    ids: list[int]
-    answer: bool
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of a row that is learned or is not; each text of its parts is encoded by itself."""
+
+    parts: list[Part]
     learn: bool = False
 
 
@@ -83,6 +86,8 @@ class Template:
         longest_first = sorted(self.specials, key=len, reverse=True)
         self._special = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
         self._spelled = {SPELLED + i: token for i, token in enumerate(longest_first)}
+        self._marked = re.compile(f"[{chr(SPELLED)}-{chr(SPELLED + len(longest_first))}]")
+        self._mark = {token: chr(code) for code, token in self._spelled.items()}
         if config.name == "model":
             self._find_end()
 
@@ -122,9 +127,10 @@ class Template:
         """A whole conversation as a row for training."""
         ids: list[int] = []
         labels: list[int] = []
-        for segment in self._segments(messages):
-            ids += segment.ids
-            labels += segment.ids if segment.learn else [IGNORED] * len(segment.ids)
+        for segment in self.segments(messages):
+            run = self._run(segment)
+            ids += run
+            labels += run if segment.learn else [IGNORED] * len(run)
         return Encoded(ids, labels)
 
     def prompt_ids(self, messages: Sequence[Turn]) -> list[int]:
@@ -132,8 +138,8 @@ class Template:
         if not messages or messages[-1].role != "user":
             raise UserError("a prompt ends in a user's turn")
         if self.config.name == "minicpm" and not self.tuned:
-            return self._bos() + self._plain(self.official_text(messages))
-        return [i for segment in self._segments(messages) for i in segment.ids]
+            return self._run(Segment([*self._bos(), (self.official_text(messages), True)]))
+        return [i for segment in self.segments(messages) for i in self._run(segment)]
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -146,34 +152,38 @@ class Template:
             f"{USER}{m.content.strip()}{ASSISTANT}" if m.role == "user" else m.content.strip() for m in messages
         )
 
-    def _plain(self, text: str) -> list[int]:
-        """Ids of what a person wrote: a special token spelled in it stays text and can't end a turn."""
-        return self._ids(text, split=True)
-
-    def _ids(self, text: str, split: bool = False) -> list[int]:
+    def _ids(self, text: str, plain: bool) -> list[int]:
+        """plain: a special token spelled in what a person wrote stays text and can't end a turn."""
         if not text:
             return []
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=split)["input_ids"]
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
 
-    def _bos(self) -> list[int]:
+    def _run(self, segment: Segment) -> list[int]:
+        ids: list[int] = []
+        for part in segment.parts:
+            ids += [part] if isinstance(part, int) else self._ids(*part)
+        return ids
+
+    def _bos(self) -> list[Part]:
         bos = self.tokenizer.bos_token_id
         return [bos] if self.config.bos and bos is not None else []
 
-    def _segments(self, messages: Sequence[Turn]) -> list[Segment]:
+    def segments(self, messages: Sequence[Turn]) -> list[Segment]:
+        """What a conversation's row is made of, not yet encoded."""
         return self._minicpm(messages) if self.config.name == "minicpm" else self._own(messages)
 
     def _minicpm(self, messages: Sequence[Turn]) -> list[Segment]:
         text = (lambda m: m.content.strip()) if self.config.strip else (lambda m: m.content)
-        out = [Segment(self._bos(), answer=False)]
+        out = [Segment(self._bos())]
         before = ""
         for message in messages:
             if message.role == "system":
                 before += text(message)
             elif message.role == "user":
-                out.append(Segment(self._plain(f"{before}{USER}{text(message)}{ASSISTANT}"), answer=False))
+                out.append(Segment([(f"{before}{USER}{text(message)}{ASSISTANT}", True)]))
                 before = ""
             else:
-                out.append(Segment([*self._plain(text(message)), self.eos_id], True, message.learn))
+                out.append(Segment([(text(message), True), self.eos_id], message.learn))
         return out
 
     def _own(self, messages: Sequence[Turn]) -> list[Segment]:
@@ -190,39 +200,42 @@ class Template:
                     "the checkpoint's chat template rewrites earlier turns, so a conversation can't be trained as it "
                     "is served; give --template.name minicpm"
                 )
-            out.append(Segment(self._own_ids(prompt[len(done) :]), answer=False))
-            ids, kept = self._answer(whole[len(prompt) :])
-            out.append(Segment(ids, True, message.learn))
+            out.append(Segment(self._rendered(prompt[len(done) :])))
+            parts, kept = self._answer(whole[len(prompt) :])
+            out.append(Segment(parts, message.learn))
             done = prompt + kept
         if messages and messages[-1].role != "assistant":
             prompt = self._render(messages, True)
             if not prompt.startswith(done):
                 raise UserError("the checkpoint's chat template rewrites earlier turns; start a new conversation")
-            out.append(Segment(self._own_ids(prompt[len(done) :]), answer=False))
+            out.append(Segment(self._rendered(prompt[len(done) :])))
         return out
 
     def _render(self, messages: Sequence[Turn], generate: bool) -> str:
-        mark = {token: chr(code) for code, token in self._spelled.items()}
         plain = [
-            {"role": m.role, "content": self._special.sub(lambda found: mark[found[0]], m.content)} for m in messages
+            {"role": m.role, "content": self._special.sub(lambda found: self._mark[found[0]], m.content)}
+            for m in messages
         ]
         return self.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=generate)
 
-    def _answer(self, text: str) -> tuple[list[int], str]:
-        """An answer's ids up to and with EOS, and the part of the rendered text that they stand for."""
+    def _answer(self, text: str) -> tuple[list[Part], str]:
+        """An answer up to and with EOS, and the part of the rendered text that this stands for."""
         at = text.rfind(self.end_token)
         if at < 0:  # this template does not close answers; we do, or the model would never stop
-            return [*self._own_ids(text), self.eos_id], text
-        return [*self._own_ids(text[:at]), self.eos_id], text[: at + len(self.end_token)]
+            return [*self._rendered(text), self.eos_id], text
+        return [*self._rendered(text[:at]), self.eos_id], text[: at + len(self.end_token)]
 
-    def _own_ids(self, text: str) -> list[int]:
+    def _rendered(self, text: str) -> list[Part]:
         """A rendered stretch: special tokens that the template wrote, and as text those that a person spelled."""
-        if text == text.translate(self._spelled):
-            return self._ids(text)
-        ids: list[int] = []
-        for part in self._special.split(text):
-            ids += [self.specials[part]] if part in self.specials else self._plain(part.translate(self._spelled))
-        return ids
+        return self.parted(text) if self._marked.search(text) else [(text, False)]
+
+    def parted(self, text: str) -> list[Part]:
+        """A rendered stretch cut at the special tokens, which are ids then; the texts between them have none."""
+        pieces = [piece for piece in self._special.split(text) if piece]
+        out: list[Part] = [self.specials.get(p, (p, True)) for p in pieces]
+        if self._marked.search(text):
+            out = [p if isinstance(p, int) else (p[0].translate(self._spelled), True) for p in out]
+        return out
 
     # What is written beside the weights
 
