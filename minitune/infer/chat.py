@@ -7,17 +7,15 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from minitune.checkpoint.tokenizer import TextStream
 from minitune.config import UserError
 from minitune.data.template import Template
-from minitune.infer.generate import GrowingCache, generate
+from minitune.infer.engine import Engine
+from minitune.infer.request import Request
 from minitune.infer.sampling import Sampling
-from minitune.model.decoder import Decoder
+from minitune.infer.session import open_model
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+ADAPTER = "adapter"  # its name within the engine
 
 
 @dataclass(frozen=True)
@@ -33,23 +31,22 @@ class Chat:
     """A session. `ask` streams an answer; `messages` is the history, `system` the text in front of it.
 
     The prompt is always the template's, built from the messages anew, so that what is served is what was
-    trained; its longest common prefix with what the cache holds is not computed again. `finish` says why the
-    last answer ended: stop, length or context (see `generate`), or broken off by whoever read it.
+    trained; what it has in common with the turns before is in the engine's cache and not computed again. `finish`
+    says why the last answer ended (`request.Handle`), or broken off by whoever read it.
     """
 
     def __init__(
         self,
-        decoder: Decoder,
-        tokenizer: PreTrainedTokenizerBase,
+        engine: Engine,
         template: Template,
         sampling: Sampling | None = None,
         system: str = "",
+        adapter: str = "",
     ):
-        self.decoder, self.tokenizer, self.template = decoder, tokenizer, template
+        self.engine, self.template, self.adapter = engine, template, adapter
         self.sampling = sampling or Sampling()
         self.system = system
         self.messages: list[Message] = []
-        self.cache = GrowingCache(decoder)
         self.finish = ""
 
     def clear(self) -> None:
@@ -78,18 +75,12 @@ class Chat:
                 self.messages += [question, Message("assistant", "".join(answer))]
 
     def _pieces(self, prompt_ids: list[int]) -> Iterator[str]:
-        stream = TextStream(self.tokenizer)
-
-        def tokens() -> Iterator[int]:
-            self.finish = yield from generate(
-                self.decoder, prompt_ids, self.template.stop_ids, self.sampling, cache=self.cache
-            )
-
-        for token in tokens():
-            if piece := stream.push(token):
-                yield piece
-        if rest := stream.flush():
-            yield rest
+        request = Request(tuple(prompt_ids), self.sampling, frozenset(self.template.stop_ids), adapter=self.adapter)
+        handle = self.engine.submit(request)
+        for piece in handle:
+            if piece.text:
+                yield piece.text
+        self.finish = handle.finish
 
 
 def printable(text: str) -> str:
@@ -147,14 +138,10 @@ def load(
 
     Raises UserError, one line, for what is missing or does not fit.
     """
-    from minitune.checkpoint import hub
-    from minitune.checkpoint.tokenizer import load_tokenizer
-    from minitune.checkpoint.weights import load_model, read_json
-
-    folder = hub.resolve(model, source=source)
-    tokenizer = load_tokenizer(folder)
-    template = Template.recorded(tokenizer, read_json(folder / "config.json"), adapter, folder)
-    return Chat(load_model(folder, adapter, dtype, device), tokenizer, template, sampling, system)
+    adapters = {ADAPTER: adapter} if adapter else {}
+    session = open_model(model, adapters, dtype=dtype, device=device, source=source, slots=1)
+    name = ADAPTER if adapter else ""
+    return Chat(session.engine, session.templates[name], sampling, system, name)
 
 
 def main(

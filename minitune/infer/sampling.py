@@ -1,6 +1,7 @@
 """From a model's scores to the next token. Names, semantics and order are those of Hugging Face's generation.
 
-Order: repetition_penalty, temperature, top_k, top_p, min_p, one draw. Legend: V vocabulary.
+Order: repetition_penalty, temperature, top_k, top_p, min_p, one draw. Legend: V vocabulary. `candidates` is the plain
+form for one row; `draw.py` does all rows of a batch at once, and falls back on it.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from typing import TYPE_CHECKING
 from minitune.config import UserError, setting
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-NEAR = 1024  # candidates sorted before all are: a nucleus is rarely wider, and sorting 122753 scores takes 12 ms
+NEAR = 1024  # candidates sorted before all are: a nucleus is rarely wider
+GREEDY = 1e-6  # temperatures below are 0: nothing in float32 lies between
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,6 @@ class Sampling:
             if not fine:
                 raise UserError(f"{name} is {getattr(self, name)}; it takes {range_}")
 
-    def generator(self, device: torch.device) -> torch.Generator:
-        """A source of chance on `device`, at the seed."""
-        import torch
-
-        source = torch.Generator(device)
-        if self.seed is None:
-            source.seed()
-        else:
-            source.manual_seed(self.seed)
-        return source
-
 
 def candidates(logits_V: Tensor, history_ids: Sequence[int], sampling: Sampling) -> tuple[Tensor, Tensor]:
     """(float32 scores [C], token ids [C]) of what may be drawn, a token with probability softmax(scores).
@@ -70,7 +60,7 @@ def candidates(logits_V: Tensor, history_ids: Sequence[int], sampling: Sampling)
         score = scores[seen]
         weaker = torch.where(score < 0, score * sampling.repetition_penalty, score / sampling.repetition_penalty)
         scores = scores.index_copy(0, seen, weaker)
-    if sampling.temperature < 1e-6:  # nothing in float32 lies between
+    if sampling.temperature < GREEDY:
         return scores.max(0, keepdim=True)
     scores, ids = (
         (scores - scores.max()) / sampling.temperature,
@@ -99,16 +89,3 @@ def _nucleus(scores: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
         near = scores.numel()
     count = 1 + int((reached[:-1] < top_p).sum())
     return best[:count], order[:count]
-
-
-def pick(
-    logits_V: Tensor, history_ids: Sequence[int], sampling: Sampling, generator: torch.Generator | None = None
-) -> int:
-    """The next token; the likeliest at temperature 0. Computed in float32.
-
-    Raises UserError where the scores are not finite: the weights are broken, or overflow their dtype.
-    """
-    if not math.isfinite(logits_V.max().item()):  # a NaN is the maximum of whatever holds one
-        raise UserError("the model's scores are not finite: broken weights or too narrow a dtype; try --dtype float32")
-    scores, ids = candidates(logits_V, history_ids, sampling)
-    return int(ids[scores.softmax(0).multinomial(1, generator=generator)])

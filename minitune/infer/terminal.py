@@ -60,7 +60,7 @@ def answer(chat: Chat, text: str) -> int:
     if chat.finish == "length":
         note(f"minitune: cut at {chat.sampling.max_new_tokens} tokens (max_new_tokens)")
     elif chat.finish == "context":
-        note(f"minitune: cut: the model's {chat.decoder.config.max_position_embeddings} positions are full")
+        note(f"minitune: cut: the model's {chat.engine.limit} positions are full")
     return 0
 
 
@@ -100,8 +100,9 @@ def converse(chat: Chat, name: str) -> int:
 def banner(chat: Chat, name: str) -> str:
     """What one talks to, in one line."""
     template = chat.template.config.name + ("" if chat.template.tuned else ", as published")
-    dtype = str(chat.decoder.dtype).removeprefix("torch.")
-    return f"{name} | template: {template} | {chat.decoder.device} {dtype} | /help"
+    decoder = chat.engine.decoder
+    dtype = str(decoder.dtype).removeprefix("torch.")
+    return f"{name} | template: {template} | {decoder.device} {dtype} | /help"
 
 
 def read(stdin: TextIO, tty: bool) -> str:

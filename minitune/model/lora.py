@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from minitune.model.packed import multiply, packable, packed
 
 if TYPE_CHECKING:
     from minitune.model.decoder import Decoder, Linear
@@ -219,3 +222,52 @@ def unmerge(model: Decoder) -> None:
         weight, linear.lora = linear.unmerged
         linear.weight.data.copy_(weight)
         linear.unmerged = None
+
+
+class Choice:
+    """Which of several stacked adapters each row uses: their numbers, -1 for none; None where no row uses any."""
+
+    index_T: Tensor | None = None
+
+
+class LoraStack(nn.Module):
+    """Several adapters of one fused linear at once, of any rank, scale and targets, each row with its own.
+
+    All A's are stacked by rows [C, I] and all B's by columns [O, C], zero where a column has no say: two
+    multiplications of static shape, between which a row keeps its own adapter's columns.
+    """
+
+    def __init__(self, out_features: int, loras: Sequence[Lora | None], choice: Choice, dtype: torch.dtype):
+        super().__init__()
+        self.choice = choice
+        held = [(i, lora) for i, lora in enumerate(loras) if lora is not None]
+        device = held[0][1].A.device
+        A = torch.cat([lora.A.detach() for _, lora in held])
+        B = torch.zeros(out_features, A.shape[0], device=device)
+        at = 0
+        for _, lora in held:
+            for _, a, b, o in lora.rows():
+                B[o, at + a.start : at + a.stop] = lora.B.detach()[b]
+            at += lora.A.shape[0]
+        columns = torch.tensor([lora.A.shape[0] for _, lora in held], device=device)
+        order = packed if packable(device, dtype) else Tensor.contiguous
+        self.A, self.B = order(A.to(dtype)), order(B.to(dtype))
+        self.owner_C = torch.tensor([i for i, _ in held], device=device).repeat_interleave(columns)
+        self.scale_C = torch.tensor([lora.scale for _, lora in held], device=device).repeat_interleave(columns)
+
+    def forward(self, x_TI: Tensor, y_TO: Tensor, dropout: Dropout | None = None) -> Tensor:
+        index_T = self.choice.index_T
+        if index_T is None:
+            return y_TO
+        h_TC = multiply(x_TI, self.A) * self.scale_C.to(x_TI.dtype)
+        # not a product with 0 and 1: another adapter's value may be infinite in float16
+        return y_TO + multiply(torch.where(self.owner_C == index_T[:, None], h_TC, 0), self.B)
+
+
+def stack(model: Decoder, adapters: Sequence[Sequence[Lora | None]]) -> Choice:
+    """Puts adapters, each the `lora` of every linear in order, onto the decoder at once; says which rows use which."""
+    choice = Choice()
+    for linear, loras in zip(model.linears(), zip(*adapters, strict=True), strict=True):
+        rows = sum(end - start for _, start, end in linear.parts)
+        linear.lora = LoraStack(rows, loras, choice, model.dtype) if any(x is not None for x in loras) else None  # type: ignore[assignment]
+    return choice

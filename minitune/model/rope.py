@@ -87,6 +87,14 @@ class Rope:
         """Whether the angles depend on the length of the document."""
         return self.kind in ("dynamic", "longrope")
 
+    def regime(self, length: int) -> int:
+        """Documents of one regime have the same angles at the same positions."""
+        return int(self.kind == "longrope" and length > self.original_max)
+
+    def regime_end(self, length: int) -> int:
+        """The greatest length in the regime of `length`."""
+        return self.original_max if self.kind == "longrope" and length <= self.original_max else self.max_positions
+
     def _inverse_frequencies(self, length_T: Tensor | None, device: torch.device) -> Tensor:
         tables = self._frequencies(device)
         if not self.needs_length:

@@ -5,33 +5,41 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from minitune.checkpoint.tokenizer import load_tokenizer
-from minitune.config import TemplateConfig, UserError
-from minitune.data.template import Template
+from minitune.config import UserError
 from minitune.infer import chat as room
 from minitune.infer.chat import Chat, Message, load, main, same_model, which
+from minitune.infer.request import Piece, Request
 from minitune.infer.sampling import Sampling
 
 SHORT = Sampling(temperature=0, max_new_tokens=8)
 
 
-def scripted(monkeypatch: pytest.MonkeyPatch, *answers: list[int], why: str = "stop") -> list[list[int]]:
-    """Puts answers in the model's place; returns the prompts that it was given."""
+def scripted(chat: Chat, *answers: str, why: str = "stop") -> list[list[int]]:
+    """Puts answers, a piece a character, in the engine's place; returns the prompts that it was given."""
     prompts: list[list[int]] = []
     script = iter(answers)
 
-    def generate(decoder: object, prompt_ids: list[int], *rest: object, **more: object) -> Iterator[int]:
-        prompts.append(prompt_ids)
-        yield from next(script)
-        return why
+    class Said:
+        finish = why
 
-    monkeypatch.setattr(room, "generate", generate)
+        def __init__(self, text: str):
+            self.pieces = [Piece(character, (9,)) for character in text]
+
+        def __iter__(self) -> Iterator[Piece]:
+            return iter([Piece("", (9,)), *self.pieces])  # a token without text, as of half a character
+
+    def submit(request: Request) -> Said:
+        prompts.append(list(request.prompt_ids))
+        return Said(next(script))
+
+    chat.engine = SimpleNamespace(submit=submit)  # type: ignore[assignment]
     return prompts
 
 
@@ -40,35 +48,19 @@ def chat(talker: Path) -> Chat:
     return load(str(talker), sampling=SHORT, device="cpu", dtype="float32")
 
 
-def test_minicpm_characters_split_across_byte_tokens(
-    golden: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, chat: Chat
-) -> None:
-    """MiniCPM's own vocabulary: rare characters are three or four byte tokens; each comes whole, once, in order."""
-    tokenizer = load_tokenizer(golden("tokenizer-minicpm"))
-    text = "皇后𠮷野家的𨋢,🧑‍🚀 ok 龘"
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    tokens = tokenizer.convert_ids_to_tokens(ids)
-    assert sum(token.startswith("<0x") for token in tokens) >= 4  # some character is spread
-    torn = ids[: 1 + next(i for i, token in enumerate(tokens) if token.startswith("<0x"))]
-    scripted(monkeypatch, ids, torn)
-    chat.tokenizer, chat.template = tokenizer, Template(tokenizer, TemplateConfig("minicpm"))
-    pieces = list(chat.ask("?"))
-    assert len(pieces) > 5 and "\ufffd" not in "".join(pieces)
-    assert "".join(pieces).strip() == text
-    assert chat.messages[-1].content == "".join(pieces)
-    said = "".join(chat.ask("!"))  # cut inside a character
-    assert said == tokenizer.decode(torn) == chat.messages[-1].content and said.endswith("\ufffd")
-
-
-def test_turns_are_served_as_they_are_trained(talker: Path, adapter: Path) -> None:
-    """Three turns of a real (random) model with system text: what the cache holds is the row's encoding."""
+def test_turns_are_served_as_they_are_trained(talker: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three turns of a real (random) model with system text: what the engine is given is the row's encoding."""
     session = load(str(talker), str(adapter), sampling=SHORT, system="你是谁", device="cpu", dtype="float32")
     assert session.template.tuned
+    requests: list[Request] = []
+    submit = session.engine.submit
+    monkeypatch.setattr(session.engine, "submit", lambda r: requests.append(r) or submit(r))
     for question in ("你好", "我是谁?", "abc"):
         said = "".join(session.ask(question))
         assert session.messages[-2:] == [Message("user", question), Message("assistant", said)]
         prompt = session.template.prompt_ids([Message("system", "你是谁"), *session.messages[:-1]])
-        assert session.cache.ids[: len(prompt)] == prompt
+        assert list(requests[-1].prompt_ids) == prompt
+        assert requests[-1].adapter and requests[-1].stop_ids == {2}
     row = session.template.encode([Message("system", "你是谁"), *session.messages]).input_ids
     assert row[: len(prompt)] == prompt and prompt.count(2) == 2
 
@@ -80,16 +72,15 @@ def test_a_long_session_equals_a_fresh_one(talker: Path, adapter: Path) -> None:
         list(kept.ask(question))
     fresh.messages = list(kept.messages)
     assert list(kept.ask("abc")) == list(fresh.ask("abc"))
+    assert kept.engine.stats.reused_tokens > 20 and fresh.engine.stats.reused_tokens == 0
     kept.clear()
-    fresh.clear()
-    fresh.cache = room.GrowingCache(fresh.decoder)
-    assert kept.messages == [] and list(kept.ask("你好")) == list(fresh.ask("你好"))
+    again = load(str(talker), str(adapter), sampling=SHORT, device="cpu")
+    assert kept.messages == [] and list(kept.ask("你好")) == list(again.ask("你好"))
 
 
-def test_history_holds_what_was_read(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_history_holds_what_was_read(chat: Chat) -> None:
     """An answer that is broken off enters as far as it was read; a question without any answer does not."""
-    ids = chat.tokenizer.encode("你好吗", add_special_tokens=False)
-    prompts = scripted(monkeypatch, ids, ids, [], why="length")
+    prompts = scripted(chat, "你好吗", "你好吗", "", why="length")
     run = chat.ask("一")
     assert next(run) + next(run) == "你好"
     run.close()
@@ -100,7 +91,19 @@ def test_history_holds_what_was_read(chat: Chat, monkeypatch: pytest.MonkeyPatch
     assert "".join(chat.ask("三")) == "你好吗" and chat.finish == "length"
     assert list(chat.ask("四")) == []  # the model had nothing to say: that is an answer
     assert [m.content for m in chat.messages] == ["一", "你好", "三", "你好吗", "四", ""]
-    assert chat.tokenizer.decode(prompts[1]).endswith("<用户>一<AI>你好<用户>三<AI>")
+    assert chat.template.tokenizer.decode(prompts[1]).endswith("<用户>一<AI>你好<用户>三<AI>")
+
+
+def test_breaking_off_frees_the_slot_and_keeps_the_cache(chat: Chat) -> None:
+    """The only slot of a chat: the next question gets it, and does not read the same text again."""
+    run = chat.ask("你好" * 9)
+    next(run)
+    run.close()
+    assert chat.finish == "broken off"
+    chat.messages.clear()
+    assert list(chat.ask("你好" * 9)) and chat.finish in ("stop", "length")
+    stats = chat.engine.stats
+    assert (stats.cancelled, stats.running, stats.cache_tokens_used) == (1, 0, 0) and stats.reused_tokens > 9
 
 
 def test_a_question_that_cannot_be_asked_leaves_the_history(chat: Chat) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minitune.config import UserError, build
-from minitune.infer.sampling import NEAR, Sampling, candidates, pick
+from minitune.infer.sampling import NEAR, Sampling, candidates
 
 
 def theirs(logits_V: Tensor, history: list[int], s: Sampling) -> Tensor:
@@ -61,47 +61,17 @@ def test_a_nucleus_wider_than_the_sorted_part_is_still_whole() -> None:
     assert (got - expected).abs().sum() < 2e-3
 
 
-def test_pick_draws_in_proportion_and_only_what_is_left() -> None:
-    """Frequencies of 4000 draws against transformers' probabilities; tokens that are filtered never come."""
-    torch.manual_seed(2)
-    logits_V, sampling = torch.randn(12) * 1.5, Sampling(temperature=0.9, top_p=0.85, repetition_penalty=1.2)
-    expected = theirs(logits_V, [3, 4], sampling)
-    generator, counts = torch.Generator().manual_seed(0), torch.zeros(12)
-    for _ in range(4000):
-        counts[pick(logits_V, [3, 4], sampling, generator)] += 1
-    assert 2 < int((expected > 0).sum()) < 12
-    assert counts[expected == 0].sum() == 0
-    assert (counts / 4000 - expected).abs().max() < 0.03
-
-
 def test_temperature_zero_is_the_likeliest_after_the_penalty() -> None:
     """Greedy ignores the filters but not the repetition penalty, as transformers' do_sample=False."""
     logits_V = torch.tensor([1.0, 3.0, 2.9, -1.0])
-    assert pick(logits_V, [1], Sampling(temperature=0, top_k=1)) == 1
-    assert pick(logits_V, [1], Sampling(temperature=0, repetition_penalty=1.1)) == 2
-    assert pick(logits_V, [], Sampling(temperature=1e-50)) == 1
-    assert pick(logits_V.bfloat16(), [], Sampling(temperature=1e-5)) == 1
 
+    def only(scores: Tensor, history: list[int], sampling: Sampling) -> int:
+        (token,) = candidates(scores, history, sampling)[1].tolist()
+        return token
 
-def test_the_seed_decides() -> None:
-    """A seed's stream of draws is its own; none gives another each time."""
-    logits_V = torch.zeros(1000)
-
-    def draws(seed: int | None) -> list[int]:
-        sampling = Sampling(temperature=1, top_p=1, seed=seed)
-        source = sampling.generator(torch.device("cpu"))
-        return [pick(logits_V, [], sampling, source) for _ in range(8)]
-
-    assert draws(5) == draws(5) != draws(6)
-    assert draws(None) != draws(None)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_scores_that_are_not_finite_are_said(bad: float) -> None:
-    for sampling in (Sampling(), Sampling(temperature=0)):
-        with pytest.raises(UserError, match="not finite"):
-            pick(torch.tensor([0.0, bad, 1.0]), [], sampling)
-    assert pick(torch.tensor([0.0, -math.inf, 1.0]), [], Sampling(temperature=0)) == 2  # a token may be ruled out
+    assert only(logits_V, [1], Sampling(temperature=0, top_k=3)) == 1
+    assert only(logits_V, [1], Sampling(temperature=0, repetition_penalty=1.1)) == 2
+    assert only(logits_V, [], Sampling(temperature=1e-50)) == 1
 
 
 @pytest.mark.parametrize(

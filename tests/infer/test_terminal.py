@@ -30,7 +30,7 @@ from minitune.infer.sampling import Sampling
 class Echo:
     sampling, system, finish = Sampling(), "", "stop"
     template = SimpleNamespace(config=SimpleNamespace(name="minicpm"), tuned=True)
-    decoder = SimpleNamespace(device="cpu", dtype="torch.float32")
+    engine = SimpleNamespace(decoder=SimpleNamespace(device="cpu", dtype="torch.float32"))
     def clear(self): pass
     def ask(self, text):
         if text == "long": raise UserError("too long")

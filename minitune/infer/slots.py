@@ -1,0 +1,238 @@
+"""The device's side of the engine: what it holds for each running request, and the two computations over it.
+
+Everything a step needs lies in static tensors, a row a slot; `decode` reads and writes them by slot number and never
+waits for the device, so it could be captured (it is not yet). One fetch a computation brings the tokens to the host.
+
+Legend: S slots + 1 (the last one idle), B rows, T tokens, H hidden, V vocabulary, P pages of a sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minitune.config import UserError
+from minitune.infer.draw import Settings, draw, draw_one, key_of, kind_of
+from minitune.infer.request import TokenLogprob
+from minitune.infer.schedule import Sequence
+from minitune.model.cache import PAGE, DecodeLayout, PagedCache, Part, PrefillLayout
+from minitune.model.decoder import Decoder, Layer
+from minitune.model.lora import Choice
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a computation gave one sequence. token -1: its scores were not finite."""
+
+    sequence: Sequence
+    token: int
+    logprob: TokenLogprob | None
+
+
+class Slots:
+    """limit: tokens of a sequence at most. choice: the adapters' (`model.lora.stack`), None without any."""
+
+    def __init__(self, decoder: Decoder, slots: int, pages: int, limit: int, choice: Choice | None):
+        self.decoder, self.choice = decoder, choice
+        device, rows = decoder.device, slots + 1
+        self.cache = PagedCache(decoder.config, pages, device, decoder.dtype)
+
+        def column(dtype: torch.dtype) -> Tensor:
+            return torch.zeros(rows, dtype=dtype, device=device)
+
+        self.token_S, self.position_S = column(torch.int64), column(torch.int64)
+        self.prompt_S, self.adapter_S = column(torch.int64), column(torch.int64)
+        self.temperature_S, self.top_p_S, self.min_p_S = (column(torch.float32) for _ in range(3))
+        self.top_k_S, self.key_S = column(torch.int64), column(torch.int32)
+        self.penalty_S = column(torch.float32)
+        self.table_SP = torch.zeros(rows, -(-limit // PAGE), dtype=torch.int64, device=device)
+        self.seen_SV: Tensor | None = None  # which tokens a sequence holds; made when a penalty first asks for it
+        self._batch: tuple[object, Tensor, list[tuple[Tensor | None, int]]] = ((), self.token_S[:0], [])
+
+    def place(self, sequence: Sequence) -> None:
+        """Writes an admitted sequence's row, and copies the page that it takes over."""
+        chain, slot, sampling = sequence.held, sequence.slot, sequence.request.sampling
+        if chain.copied is not None:
+            self.cache.copy(*chain.copied)
+        for column, value in (
+            (self.token_S, sequence.ids[-1]),
+            (self.position_S, len(sequence.ids) - 1),
+            (self.prompt_S, sequence.handle.prompt_tokens),
+            (self.adapter_S, sequence.adapter),
+            (self.temperature_S, sampling.temperature),
+            (self.top_p_S, sampling.top_p),
+            (self.top_k_S, sampling.top_k),
+            (self.min_p_S, sampling.min_p),
+            (self.key_S, key_of(sequence.seed)),
+            (self.penalty_S, sampling.repetition_penalty),
+        ):
+            column[slot] = value
+        self.write_pages(sequence)
+        if sampling.repetition_penalty != 1:
+            if self.seen_SV is None:
+                shape = (self.token_S.shape[0], self.decoder.config.vocab_size)
+                self.seen_SV = torch.zeros(shape, dtype=torch.bool, device=self.decoder.device)
+            self.seen_SV[slot] = False
+            self.seen_SV[slot, torch.tensor(sequence.ids, device=self.seen_SV.device)] = True
+
+    def write_pages(self, sequence: Sequence) -> None:
+        """The row of the page table, after it grew."""
+        pages = sequence.held.pages
+        self.table_SP[sequence.slot, : len(pages)] = torch.tensor(pages, device=self.table_SP.device)
+
+    def prefill(self, parts: Items[tuple[Sequence, int]]) -> list[Drawn]:
+        """Runs the ids of each sequence from `computed` up to the number beside it, all in one pack; a token for
+        those whose ids end there."""
+        device = self.decoder.device
+        spans = [(s.computed, stop) for s, stop in parts]
+        ids = [token for (s, _), (start, stop) in zip(parts, spans, strict=True) for token in s.ids[start:stop]]
+        lengths = torch.tensor([stop - start for start, stop in spans], device=device)
+        slots_R = torch.tensor([s.slot for s, _ in parts], device=device)
+        slot_T = slots_R.repeat_interleave(lengths, output_size=len(ids))
+        position_T = torch.tensor([p for start, stop in spans for p in range(start, stop)], device=device)
+        length_T = torch.maximum(self.prompt_S[slot_T], position_T + 1)
+        pages = [Part(s.held.pages, start, stop) for (s, _), (start, stop) in zip(parts, spans, strict=True)]
+        layout = PrefillLayout(self.cache, pages, length_T)
+        self._choose([s for s, _ in parts], slot_T)
+        h_TH = self._hidden(torch.tensor(ids, device=device), position_T, layout)
+        ends, at = [], -1
+        for (sequence, stop), (start, _) in zip(parts, spans, strict=True):
+            at += stop - start
+            if stop == len(sequence.ids):
+                ends.append((sequence, at))
+        if not ends:
+            return []
+        done = [sequence for sequence, _ in ends]
+        rows_B = torch.tensor([s.slot for s in done], device=device)
+        self.position_S[rows_B] += 1
+        return self._draw(h_TH[torch.tensor([at for _, at in ends], device=device)], rows_B, done)
+
+    def decode(self, sequences: Items[Sequence]) -> list[Drawn]:
+        """Runs the newest token of each ready sequence; the next one of each."""
+        rows_B, groups = self._rows(sequences)
+        self._choose(sequences, rows_B)
+        position_B = self.position_S[rows_B]
+        length_B = torch.maximum(self.prompt_S[rows_B], position_B + 1)
+        layout = DecodeLayout(self.cache, self.table_SP[rows_B], position_B, length_B, groups)
+        h_BH = self._hidden(self.token_S[rows_B], position_B, layout)
+        self.position_S[rows_B] = position_B + 1
+        return self._draw(h_BH, rows_B, sequences)
+
+    def _rows(self, sequences: Items[Sequence]) -> tuple[Tensor, list[tuple[Tensor | None, int]]]:
+        """The slots' numbers, and the groups of rows of like length; made anew only when they change."""
+        pages = [s.computed // PAGE + 1 for s in sequences]
+        key = tuple(s.slot for s in sequences), tuple(pages)
+        if key != self._batch[0]:
+            device = self.decoder.device
+            groups: list[tuple[Tensor | None, int]] = [(None, max(pages))]
+            if max(pages) > max(4, 2 * min(pages)):
+                classes: dict[int, list[int]] = {}
+                for row, count in enumerate(pages):
+                    classes.setdefault(count.bit_length(), []).append(row)
+                groups = [
+                    (torch.tensor(rows, device=device), max(pages[row] for row in rows)) for rows in classes.values()
+                ]
+            self._batch = (key, torch.tensor(key[0], device=device), groups)
+        return self._batch[1:]
+
+    def _choose(self, sequences: Items[Sequence], slot_T: Tensor) -> None:
+        """Tells the adapters which row is whose."""
+        if self.choice is not None:
+            used = any(s.adapter >= 0 for s in sequences)
+            self.choice.index_T = self.adapter_S[slot_T] if used else None
+
+    def _hidden(self, ids_T: Tensor, position_T: Tensor, layout: PrefillLayout | DecodeLayout) -> Tensor:
+        """The decoder's plain layers, whatever a training step has put in their place."""
+        decoder = self.decoder
+        kept = decoder.stack, decoder.layer_forward
+        decoder.stack, decoder.layer_forward = None, Layer.__call__
+        try:
+            return decoder.hidden(ids_T, position_T, layout)
+        finally:
+            decoder.stack, decoder.layer_forward = kept
+            if self.choice is not None:
+                self.choice.index_T = None
+
+    def _draw(self, h_BH: Tensor, rows_B: Tensor, sequences: Items[Sequence]) -> list[Drawn]:
+        """Scores, penalty, grammar, draw; the tokens go into the slots and, in one fetch, to the host."""
+        logits_BV = self.decoder.head(h_BH).float()
+        scores_BV = logits_BV
+        penalised = any(s.request.sampling.repetition_penalty != 1 for s in sequences)
+        if penalised and self.seen_SV is not None:
+            penalty_B1 = self.penalty_S[rows_B][:, None]
+            weaker_BV = torch.where(scores_BV < 0, scores_BV * penalty_B1, scores_BV / penalty_B1)
+            scores_BV = torch.where(self.seen_SV[rows_B], weaker_BV, scores_BV)
+        if any(s.request.grammar is not None for s in sequences):
+            scores_BV = scores_BV.masked_fill(~self._allowed(sequences), -math.inf)
+        at = Settings(
+            temperature=self.temperature_S[rows_B],
+            top_p=self.top_p_S[rows_B],
+            top_k=self.top_k_S[rows_B],
+            min_p=self.min_p_S[rows_B],
+            key=self.key_S[rows_B],
+            position=self.position_S[rows_B],
+        )
+        token_B, settled_B, best_B = draw(scores_BV, at, frozenset(kind_of(s.request.sampling) for s in sequences))
+        self.token_S[rows_B] = token_B
+        if penalised and self.seen_SV is not None:
+            self.seen_SV[rows_B, token_B] = True
+        told = torch.stack((token_B, settled_B, best_B.isfinite()), dim=1).double()
+        asked = [s.request.logprobs for s in sequences if s.request.logprobs is not None]
+        if asked:
+            told = torch.cat((told, _logprobs(logits_BV, token_B, max(asked))), dim=1)
+        out = []
+        for row, (sequence, (token, settled, fine, *logprobs)) in enumerate(
+            zip(sequences, told.tolist(), strict=True)  # the one place that waits for the device
+        ):
+            if fine and not settled:
+                token = self._settle(sequence, scores_BV[row])
+                if logprobs:
+                    logprobs[0] = float(logits_BV[row].log_softmax(-1)[token])
+            named = _named(int(token), logprobs, sequence.request.logprobs)
+            out.append(Drawn(sequence, int(token) if fine else -1, named))
+        return out
+
+    def _settle(self, sequence: Sequence, scores_V: Tensor) -> int:
+        """The token of a row whose candidates are too many for the batch."""
+        token = draw_one(scores_V, sequence.request.sampling, key_of(sequence.seed), len(sequence.ids))
+        self.token_S[sequence.slot] = token
+        if self.seen_SV is not None and sequence.request.sampling.repetition_penalty != 1:
+            self.seen_SV[sequence.slot] = False
+            self.seen_SV[sequence.slot, torch.tensor([*sequence.ids, token], device=self.seen_SV.device)] = True
+        return token
+
+    def _allowed(self, sequences: Items[Sequence]) -> Tensor:
+        """bool [B, V]: what each row's grammar lets come; everything where there is none."""
+        vocabulary = self.decoder.config.vocab_size
+        bits_BW = torch.full((len(sequences), -(-vocabulary // 32)), -1, dtype=torch.int32)
+        for sequence, bits_W in zip(sequences, bits_BW, strict=True):
+            if sequence.request.grammar is not None:
+                try:
+                    sequence.request.grammar.mask(bits_W)
+                except UserError as error:  # this row's fault alone
+                    sequence.handle.error = error
+        place_32 = torch.arange(32, dtype=torch.int32, device=self.decoder.device)
+        allowed_BW32 = (bits_BW.to(place_32.device)[..., None] >> place_32) & 1
+        return allowed_BW32.flatten(1)[:, :vocabulary].bool()
+
+
+def _logprobs(logits_BV: Tensor, token_B: Tensor, top: int) -> Tensor:
+    """float64 [B, 1 + 2·top]: the drawn token's, then the likeliest ones' values and ids."""
+    mass_B1 = logits_BV.logsumexp(-1, keepdim=True)
+    parts = [logits_BV.gather(1, token_B[:, None]) - mass_B1]
+    if top:
+        value_BC, id_BC = logits_BV.topk(min(top, logits_BV.shape[1]))
+        parts += [value_BC - mass_B1, id_BC]
+    return torch.cat([part.double() for part in parts], dim=1)
+
+
+def _named(token: int, values: list[float], top: int | None) -> TokenLogprob | None:
+    if top is None:
+        return None
+    count = (len(values) - 1) // 2
+    likeliest = zip(values[1 + count :], values[1 : 1 + count], strict=True)
+    return TokenLogprob(token, values[0], [(int(i), value) for i, value in likeliest][:top])
