@@ -7,7 +7,9 @@ import tempfile
 from pathlib import Path
 
 from minitune.checkpoint import resume
-from minitune.config import TrainConfig, UserError
+from minitune.config import TrainConfig, UserError, files_of
+from minitune.train.track import check_trackers
+from minitune.train.watch import read_prompts
 
 # name: (least, below), the bounds of a setting; below is never reached
 BOUNDS: dict[str, tuple[float, float]] = {
@@ -19,6 +21,11 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "logging_steps": (1, math.inf),
     "save_steps": (0, math.inf),
     "eval_steps": (0, math.inf),
+    "early_stopping_patience": (0, math.inf),
+    "early_stopping_threshold": (0, math.inf),
+    "watch_steps": (0, math.inf),
+    "watch_max_new_tokens": (1, math.inf),
+    "watch_temperature": (0, math.inf),
     "save_total_limit": (1, math.inf),
     "warmup_steps": (0, math.inf),
     "warmup_ratio": (0, 1),
@@ -29,6 +36,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "max_grad_norm": (0, math.inf),
     "resolved_learning_rate": (0, math.inf),
     "eval_fraction": (0, 1),
+    "eval_rows": (0, math.inf),
+    "max_samples": (0, math.inf),
     "seed": (0, 2**32),
     "lora_r": (1, math.inf),
     "lora_alpha": (0, math.inf),
@@ -48,12 +57,18 @@ def check_settings(config: TrainConfig) -> None:
             raise UserError(f"{name.removeprefix('resolved_')} is {value}; it is at least {least}{end}")
     if config.max_steps <= 0 and not 0 < config.num_train_epochs < math.inf:
         raise UserError(f"num_train_epochs is {config.num_train_epochs}; it is more than 0")
-    if config.eval_data and config.eval_fraction:
-        raise UserError("give --eval_data or --eval_fraction, not both")
+    if sum(map(bool, (config.eval_data, config.eval_fraction, config.eval_rows))) > 1:
+        raise UserError("give one of --eval_data, --eval_fraction and --eval_rows")
+    for name in ("early_stopping_patience", "load_best_model_at_end"):
+        if getattr(config, name) and not (config.eval_data or config.eval_fraction or config.eval_rows):
+            raise UserError(f"{name} needs held-out rows; add --eval_fraction 0.05, or --eval_data FILE")
+    check_trackers(config.track)
     for name in ("data", "eval_data"):  # before a download of gigabytes
-        path = getattr(config, name)
-        if path and not Path(path).exists():
-            raise UserError(f"{path}: no such file")
+        for path in files_of(getattr(config, name)):
+            if not Path(path).exists():
+                raise UserError(f"{path}: no such file")
+    if config.watch:
+        read_prompts(Path(config.watch))
 
 
 def check_output(output: Path, config: TrainConfig) -> Path | None:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from minitune.checkpoint import hub
+from minitune.checkpoint.embedded import rows_cache
 from minitune.checkpoint.tokenizer import load_tokenizer
 from minitune.checkpoint.weights import choose_dtype, load_decoder, read_config, read_json
-from minitune.config import TrainConfig, UserError
-from minitune.data import dataset
+from minitune.config import TrainConfig, UserError, files_of
+from minitune.data import dataset, screen
 from minitune.data.loader import Loader
+from minitune.data.store import EncodedRows
 from minitune.data.template import Encoded, Template
 from minitune.model.attention import choose_kernel
 from minitune.model.decoder import Decoder
@@ -31,17 +34,15 @@ class Prepared:
     base: Path
     tokenizer: Any
     template: Template
-    learn: list[Encoded]
-    held_out: list[Encoded]
+    learn: EncodedRows
+    held_out: EncodedRows
     lines: list[str]
+    fraction: float = 0.0  # of the rows that are held out, however that was asked for
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Names the rows' ids and labels: a resumed run must see the same."""
-        digest = hashlib.sha256()
-        for row in self.learn:
-            digest.update(repr((row.input_ids, row.labels)).encode())
-        return digest.hexdigest()
+        return self.learn.digest()
 
 
 def prepare(config: TrainConfig) -> Prepared:
@@ -50,17 +51,32 @@ def prepare(config: TrainConfig) -> Prepared:
     read_config(base)  # an architecture that is not supported is said first
     tokenizer = load_tokenizer(base)
     template = Template.choose(tokenizer, config.template, read_json(base / "config.json"))
-    data = dataset.load(config.data, template, config.max_length, config.overlong)
+
+    def load(paths: str) -> dataset.Dataset:
+        length, most = config.max_length, config.max_samples
+        kept, watch = rows_cache(), screen.watching()
+        return dataset.together(
+            [
+                dataset.load(path, template, length, config.overlong, most=most, kept=kept, watch=watch)
+                for path in files_of(paths)
+            ],
+            length,
+        )
+
+    data = load(config.data)
     lines = data.summary(config.max_length)
-    learn, held_out = data.rows, []
+    learn, held_out = data.rows, data.rows[:0]
+    fraction = config.eval_fraction or config.eval_rows / len(data.rows)
     if config.eval_data:
-        other = dataset.load(config.eval_data, template, config.max_length, config.overlong)
+        other = load(config.eval_data)
         held_out = other.rows
         lines += other.summary(config.max_length)
-    elif config.eval_fraction:
-        learn, held_out = dataset.split(data, config.eval_fraction, config.seed)
+    elif fraction:
+        if fraction >= 1:
+            raise UserError(f"{data.file}: {len(data.rows)} rows are too few to hold out {config.eval_rows}")
+        learn, held_out = dataset.split(data, fraction, config.seed)
         lines.append(f"held out: {len(held_out):,} of {len(data.rows):,} rows")
-    return Prepared(base, tokenizer, template, learn, held_out, lines)
+    return Prepared(base, tokenizer, template, learn, held_out, lines, fraction)
 
 
 def training_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
@@ -74,7 +90,7 @@ def training_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
 def build(config: TrainConfig, ready: Prepared, device: torch.device) -> tuple[Decoder, AdamW, TrainStep]:
     """The decoder with what learns, its optimizer, and the step."""
     decoder = load_decoder(ready.base, config.dtype, str(device)).train()
-    highest = max(max(r.input_ids) for r in [*ready.learn, *ready.held_out])
+    highest = max(ready.learn.highest, ready.held_out.highest)
     if highest >= decoder.config.vocab_size:
         raise UserError(
             f"{ready.base}: the tokenizer gives id {highest}, the weights have {decoder.config.vocab_size} rows"
@@ -103,21 +119,20 @@ def build(config: TrainConfig, ready: Prepared, device: torch.device) -> tuple[D
     return decoder, optimizer, step
 
 
-def wants_recompute(config: TrainConfig, decoder: Decoder, rows: list[Encoded]) -> bool:
+def wants_recompute(config: TrainConfig, decoder: Decoder, rows: EncodedRows) -> bool:
     """`auto`: where a pack's activations, roughly 10 hidden and 4 FFN widths a token and layer, would not fit half of
     the card's free memory."""
     if config.gradient_checkpointing != "auto" or decoder.device.type != "cuda":
         return config.gradient_checkpointing == "true"
     shape = decoder.config
-    longest = max(len(row.input_ids) for row in rows)
-    step = config.tokens_per_step or config.rows_per_step * longest
-    tokens = max(longest, min(config.tokens_per_pack, step))
+    step = config.tokens_per_step or config.rows_per_step * rows.longest
+    tokens = max(rows.longest, min(config.tokens_per_pack, step))
     width = 10 * shape.hidden_size + 4 * shape.intermediate_size
     bytes_ = tokens * shape.num_hidden_layers * width * decoder.dtype.itemsize
     return bytes_ > torch.cuda.mem_get_info(decoder.device)[0] / 2
 
 
-def make_loader(config: TrainConfig, rows: list[Encoded], device: torch.device, shuffle: bool = True) -> Loader:
+def make_loader(config: TrainConfig, rows: Sequence[Encoded], device: torch.device, shuffle: bool = True) -> Loader:
     # Small packs keep the CPU's caches and memory; a card wants long ones.
     pack = config.tokens_per_pack if device.type != "cpu" else min(config.tokens_per_pack, 1024)
     return Loader(
@@ -148,7 +163,7 @@ def describe(config: TrainConfig, decoder: Decoder, optimizer: AdamW, total: int
     """What is going to happen, a line each."""
     learn = sum(p.numel() for p in optimizer.parameters)
     every = sum(p.numel() for p in decoder.parameters()) - (learn if config.method == "lora" else 0)
-    kernel = choose_kernel(decoder.device, decoder.dtype, decoder.config.head_dim, max(loader.lengths))
+    kernel = choose_kernel(decoder.device, decoder.dtype, decoder.config.head_dim, loader.rows.longest)
     size = f"{config.tokens_per_step} tokens" if config.tokens_per_step else f"{config.rows_per_step} rows"
     kind = str(decoder.dtype).removeprefix("torch.")
     lines = [

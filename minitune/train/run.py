@@ -19,50 +19,56 @@ from minitune.data.loader import Loader, StepBatch
 from minitune.model.decoder import Decoder
 from minitune.train.checks import check_output, check_settings
 from minitune.train.optim import AdamW, learning_rate_at
-from minitune.train.prepare import (
-    Prepared,
-    build,
-    count_steps,
-    describe,
-    make_loader,
-    prepare,
-    training_dtype,
-)
-from minitune.train.report import Interrupt, Report, Stopped, peak_memory_gib
+from minitune.train.prepare import Prepared, build, count_steps, describe, make_loader, prepare, training_dtype
+from minitune.train.report import Report, peak_memory_gib
+from minitune.train.state import check_same, identity
 from minitune.train.step import TrainStep, held_out_loss
+from minitune.train.stop import Best, Interrupt, Stopped, go_on, memory_said
+from minitune.train.track import Trackers
+from minitune.train.view import About, choose
+from minitune.train.watch import Answer, Watch
 
-# Settings that may differ between a run and its resumption: none of them changes what is computed.
-FREE_ON_RESUME = {"resume", "output", "logging_steps", "save_steps", "save_total_limit", "eval_steps", "source"}
 
+def train(config: TrainConfig, quiet: bool = False, answer: Answer | None = None, program: str = "") -> dict[str, Any]:
+    """Trains as `config` says and returns what summary.json holds.
 
-def train(config: TrainConfig, quiet: bool = False) -> dict[str, Any]:
-    """Trains as `config` says and returns what summary.json holds. Raises UserError for bad input."""
+    answer: how sample prompts are answered, where config.watch names some. program: the command that a stopped run is
+    taken up with, where there is one. Raises UserError for bad input; Stopped where the run ended before its time.
+    """
     started = time.perf_counter()
     check_settings(config)
     output = Path(config.output)
     checkpoint = check_output(output, config)
     device = choose_device(config.device)
-    ready = prepare(config)
-    config = dataclasses.replace(
-        config,
-        template=ready.template.config,
-        learning_rate=config.resolved_learning_rate,
-        dtype=str(training_dtype(config, device)).removeprefix("torch."),  # type: ignore[arg-type]
-    )
-    decoder, optimizer, step = build(config, ready, device)
-    loader = make_loader(config, ready.learn, device)
-    total, per_epoch = count_steps(config, loader)
-    report = Report(output, total, config.logging_steps, device, step.loss_scale is not None, quiet)
-    run = Run(config, ready, decoder, optimizer, step, loader, report, total, per_epoch)
-    try:
-        if config.resume:
-            run.restore(checkpoint)
-        for line in [*ready.lines, *describe(config, decoder, optimizer, total, loader)]:
-            report.say(line)
-        run.loop()
-    finally:
-        report.close()
-    return run.finish(started)
+    with memory_said(config, device) as memory:
+        ready = prepare(config)
+        memory.longest = ready.learn.longest
+        config = dataclasses.replace(
+            config,
+            template=ready.template.config,
+            learning_rate=config.resolved_learning_rate,
+            eval_fraction=ready.fraction,
+            eval_rows=0,
+            dtype=str(training_dtype(config, device)).removeprefix("torch."),  # type: ignore[arg-type]
+        )
+        decoder, optimizer, step = build(config, ready, device)
+        watch = Watch(config, ready.template, ready.tokenizer, decoder.config.max_position_embeddings, answer)
+        loader = make_loader(config, ready.learn, device)
+        total, per_epoch = count_steps(config, loader)
+        title = f"{config.model} · {config.method} → {config.output}"
+        about = About(total, config.num_train_epochs, title, bool(len(ready.held_out)), watch.prompts)
+        report = Report(output, total, config.logging_steps, device, choose(about, quiet), step.loss_scale is not None)
+        run = Run(config, ready, decoder, optimizer, step, loader, report, watch, total, per_epoch, program)
+        try:
+            if config.resume:
+                run.restore(checkpoint)
+            for line in [*ready.lines, *describe(config, decoder, optimizer, total, loader)]:
+                report.say(line)
+            with Interrupt(report.view.stopping) as interrupt:
+                run.loop(interrupt)
+                return run.finish(started)
+        finally:
+            report.close()
 
 
 @dataclass
@@ -76,67 +82,103 @@ class Run:
     step: TrainStep
     loader: Loader
     report: Report
+    watch: Watch
     total: int
     per_epoch: list[int]
+    program: str = ""
     done: int = 0
     saved: int = 0
     tokens: int = 0
 
-    def loop(self) -> None:
+    def __post_init__(self) -> None:
+        self.best = Best(self.config.early_stopping_patience, self.config.early_stopping_threshold)
+
+    def loop(self, interrupt: Interrupt) -> None:
         """Every step of every epoch, from where the run stands."""
         output = Path(self.config.output)
         output.mkdir(parents=True, exist_ok=True)
         write_text(output / "run.yaml", self.settings_text)
+        self.report.start(self.done, self.best.step, Trackers(self.config, self.done, self.report.say))
+        if self.done == 0:
+            self.answer(0.0)
         before = 0
-        with Interrupt() as interrupt:
-            for epoch, steps in enumerate(self.per_epoch):
-                for i in range(max(0, self.done - before), steps):
-                    if self.done >= self.total or interrupt.wanted:
-                        break
-                    self.one(self.loader.batch(epoch, i), epoch + (i + 1) / steps)
-                before += steps
+        for epoch, steps in enumerate(self.per_epoch):
+            for i in range(max(0, self.done - before), steps):
+                if self.done >= self.total or self.best.stop or interrupt.wanted:
+                    break
+                self.one(self.loader.batch(epoch, i), epoch + (i + 1) / steps)
+            before += steps
         self.report.flush()
-        if self.done < self.total:
+        if self.done < self.total and not self.best.stop:
             self.save()
-            raise Stopped(f"stopped at step {self.done}; the same command with --resume goes on from there")
+            raise Stopped(f"stopped at step {self.done}; {go_on(self.config, self.program)}")
 
     def one(self, batch: StepBatch, epoch: float) -> None:
-        """One step and what is due after it."""
+        """One step and what is due after it. A checkpoint comes last: a resumed run repeats nothing of its step."""
         rate = learning_rate_at(self.done, self.total, self.config)
         result = self.step(batch, rate)
         self.done += 1
         self.tokens += batch.tokens
         self.report.step(self.done, epoch, rate, batch.tokens, result)
-        end = epoch == int(epoch) or self.done == self.total
-        if self.ready.held_out and (self.done % self.config.eval_steps == 0 if self.config.eval_steps else end):
-            self.evaluate()
-        if self.done % self.config.save_steps == 0 if self.config.save_steps else end:
+        end, better = epoch == int(epoch), False
+        if len(self.ready.held_out) and self.due(self.config.eval_steps, end):
+            better = self.evaluate()
+        end = end or self.best.stop
+        if self.due(self.config.watch_steps, end) or self.best.stop:
+            self.answer(epoch)
+        end = end or self.done == self.total
+        if (self.done % self.config.save_steps == 0 if self.config.save_steps else end) or (
+            better and self.config.load_best_model_at_end
+        ):
             self.save()
 
-    def evaluate(self) -> None:
-        """The held-out loss now."""
+    def due(self, every: int, end_of_epoch: bool) -> bool:
+        """Whether something is due now that happens every so many steps (0: each epoch), and at the run's end."""
+        return self.done == self.total or (self.done % every == 0 if every else end_of_epoch)
+
+    def evaluate(self) -> bool:
+        """The held-out loss now; whether it is the best."""
         self.report.flush()
+        self.report.view.busy("held-out loss …")
         device = self.decoder.device
         batches = list(make_loader(self.config, self.ready.held_out, device, shuffle=False).batches())
-        self.report.evaluated(self.done, held_out_loss(self.decoder, batches))
+        loss = held_out_loss(self.decoder, batches)
+        better = self.best.take(self.done, loss)
+        self.report.evaluated(self.done, loss, better)
+        return better
+
+    def answer(self, epoch: float) -> None:
+        """The sample prompts, answered by the weights of now. What goes wrong there is no fault of the run."""
+        if not self.watch.prompts:
+            return
+        self.report.flush()
+        self.report.view.busy("answering the prompts …")
+        try:
+            samples = self.watch.take(self.decoder)
+        except (UserError, torch.OutOfMemoryError) as error:
+            self.report.say(f"note: step {self.done}: no answers ({str(error).splitlines()[0][:160]})")
+        else:
+            self.report.watched(self.done, epoch, samples)
+        self.report.pause()
 
     def save(self) -> None:
         """A checkpoint of this step, once; never of weights that a bad value may have reached."""
         if self.saved == self.done:
             return
         self.report.flush()
+        self.report.view.busy(f"saving checkpoint-{self.done} …")
         state = {
             "step": self.done,
             "tokens": self.tokens,
             "optimizer": self.optimizer.state_dict(),
             "loss_scale": self.step.loss_scale.state_dict() if self.step.loss_scale else None,
-            "settings": settings(self.config),
-            "data": self.ready.fingerprint,
+            "best": self.best.state_dict(),
+            **identity(self.config, self.ready),
         }
-        with resume.saved(Path(self.config.output), self.done, state, self.config.save_total_limit) as part:
+        keep = self.best.step if self.config.load_best_model_at_end else 0
+        with resume.saved(Path(self.config.output), self.done, state, self.config.save_total_limit, keep) as part:
             self.write(part)
             write_text(part / "run.yaml", self.settings_text)
-        self.report.picture()
         self.report.pause()
         self.saved = self.done
 
@@ -166,36 +208,46 @@ class Run:
             self.report.say(f"{self.config.output}: no checkpoint yet; beginning at the first step")
             return
         state = resume.read_state(folder)
-        for name, value in settings(self.config).items():
-            if state["settings"].get(name) != value:
-                raise UserError(f"{folder}: was trained with {name} {state['settings'].get(name)}, now it is {value}")
-        if state["data"] != self.ready.fingerprint:
-            raise UserError(f"{folder}: was trained on other rows than {self.config.data} gives now")
+        notes = check_same(folder, state, self.config, self.ready)
         resume.load_weights(folder, self.decoder)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.step.loss_scale and state["loss_scale"]:
             self.step.loss_scale.load_state_dict(state["loss_scale"])
+        if "best" in state:
+            self.best.load_state_dict(state["best"])
         self.done = self.saved = state["step"]
         self.tokens = state["tokens"]
         self.step.step_index.fill_(self.done)
         self.report.resume(self.done)
-        self.report.say(f"going on from {folder}")
+        for line in [f"going on from {folder}", *notes]:
+            self.report.say(line)
 
     def finish(self, started: float) -> dict[str, Any]:
         """Writes the result and summary.json."""
         output = Path(self.config.output)
+        self.report.view.busy("writing the result …")
+        held = self.report.evals[-1][1] if self.report.evals else None
+        if self.config.load_best_model_at_end and self.best.step not in (0, self.done):
+            best = output / f"checkpoint-{self.best.step}"
+            if (best / resume.STATE).is_file():
+                resume.load_weights(best, self.decoder)
+                held = self.best.loss
+            else:
+                self.report.say(f"note: {best} is gone; {output} holds the weights of step {self.done} instead")
         with moved_into(output) as part:
             self.write(part)
         self.report.picture()
         losses = [r["loss"] for r in self.report.rows if r["loss"] is not None]
         tail = losses[-max(1, len(losses) // 10) :]
-        seconds = time.perf_counter() - started
         summary = {
             "steps": self.done,
             "tokens": self.tokens,
-            "seconds": round(seconds, 2),
+            "seconds": round(time.perf_counter() - started, 2),
             "loss": sum(tail) / len(tail) if tail else None,
-            "eval_loss": self.report.evals[-1][1] if self.report.evals else None,
+            "eval_loss": held,
+            "best_step": self.best.step or None,
+            "best_eval_loss": self.best.loss,
+            "stopped_early": self.best.stop and self.done < self.total,
             "peak_memory_gib": round(peak_memory_gib(self.decoder.device), 3),
             "method": self.config.method,
             "dtype": str(self.decoder.dtype).removeprefix("torch."),
@@ -208,9 +260,3 @@ class Run:
     def device_name(self) -> str:
         device = self.decoder.device
         return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def settings(config: TrainConfig) -> dict[str, Any]:
-    """What must be equal for a resumed run to be the same run, as plain values."""
-    plain = json.loads(json.dumps(dataclasses.asdict(config)))
-    return {k: v for k, v in plain.items() if k not in FREE_ON_RESUME}

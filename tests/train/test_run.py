@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -14,16 +12,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
-from talker import command, write_rows, write_talker, write_tokenizer
-from torch import Tensor
+from runs import ROWS, argv_of, log_of, same, with_
+from talker import command, write_rows, write_tokenizer
 from twins import assert_close, hub_twin
 
 from minitune import TrainConfig, UserError, load_model, load_tokenizer, train
@@ -31,30 +27,11 @@ from minitune.config import TemplateConfig, build, read_yaml
 from minitune.data import records
 from minitune.data.template import Template
 from minitune.train import run as run_module
-from minitune.train.report import Stopped
+from minitune.train.stop import Stopped
 
-ROWS = 22  # not a multiple of a step's four: the last step of an epoch is short
 LOG_KEYS = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "memory_gib"}
 RESULT = {"lora": ["adapter_config.json", "adapter_model.safetensors"], "full": ["config.json", "model.safetensors"]}
 BESIDE = ["chat_template.jinja", "log.jsonl", "loss.png", "run.yaml", "summary.json", "tokenizer.json"]
-
-
-@pytest.fixture(scope="module")
-def model(golden: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_talker(golden, tmp_path_factory.mktemp("talker"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.json", ROWS)
-
-
-@pytest.fixture
-def config(model: Path, data: Path, tmp_path: Path) -> TrainConfig:
-    return TrainConfig(
-        model=str(model), data=str(data), output=str(tmp_path / "out"), num_train_epochs=2, learning_rate=2e-3,
-        per_device_train_batch_size=2, gradient_accumulation_steps=2, device="cpu", dtype="float32", lora_dropout=0.2,
-    )  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -62,28 +39,6 @@ def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     """loss.png takes longer than training the tiny model: drawn in one test."""
     if "folder" not in request.node.name:
         monkeypatch.setattr("minitune.train.report.draw", lambda *_: None)
-
-
-def with_(config: TrainConfig, **changes: Any) -> TrainConfig:
-    return dataclasses.replace(config, **changes)
-
-
-def log_of(folder: str | Path) -> list[dict[str, Any]]:
-    """log.jsonl without what the clock and the machine decide."""
-    rows = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "memory_gib")} for row in rows]
-
-
-def result_of(folder: str | Path) -> dict[str, Tensor]:
-    folder = Path(folder)
-    return load_file(next(folder.glob("*model.safetensors")))
-
-
-def same(one: str | Path, other: str | Path) -> None:
-    """Equal bit for bit: every tensor and every number of the log."""
-    a, b = result_of(one), result_of(other)
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    assert log_of(one) == log_of(other)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -277,31 +232,6 @@ def test_a_loss_that_is_not_finite_stops(
 # Resumed = never interrupted
 
 
-@pytest.fixture(scope="module")
-def processes() -> Any:
-    """Forks of a server that has imported everything: a process costs milliseconds, and a kill is a real kill."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["talker", "minitune.train.run", "minitune.checkpoint.tokenizer_classes", "torch._dynamo"]
-    )
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"  # threads don't survive a fork
-    process = context.Process(target=command, args=(["--version"], os.devnull))
-    process.start()
-    process.join()
-    yield context
-    os.environ.pop("OMP_NUM_THREADS")
-    if before is not None:
-        os.environ["OMP_NUM_THREADS"] = before
-
-
-def argv_of(config: TrainConfig, **changes: Any) -> list[str]:
-    """The command of these settings, where they are not the defaults."""
-    plain = dataclasses.asdict(dataclasses.replace(config, **changes))
-    default = dataclasses.asdict(TrainConfig())
-    return ["train", *(f"--{k}={v}" for k, v in plain.items() if k != "template" and v != default[k])]
-
-
 def reached(folder: Path) -> int:
     """The step of the newest checkpoint that is written, or being written; -1 before the run has begun to write."""
     names = os.listdir(folder) if folder.exists() else []
@@ -399,7 +329,7 @@ def test_ctrl_c_ends_a_step_first(config: TrainConfig, tmp_path: Path, monkeypat
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(AdamW, "step", step)
-    with pytest.raises(Stopped, match="step 5; the same command with --resume"):
+    with pytest.raises(Stopped, match="stopped at step 5; go on with: "):
         train(config, quiet=True)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert [row["step"] for row in log_of(config.output)] == [1, 2, 3, 4, 5]

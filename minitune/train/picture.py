@@ -1,0 +1,150 @@
+"""loss.png. Drawn by a process of its own while the run goes on: matplotlib would hold the interpreter that drives the
+steps. The process reads log.jsonl and knows nothing else, so this file imports nothing of the package."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+EVERY = 30.0  # seconds between drawings of a running run; one takes about a second of an idle core
+# Files of fonts that draw Chinese, on Linux, macOS and Windows; sans before serif.
+CJK: tuple[str, ...] = (
+    "notosanscjk",
+    "notosanssc",
+    "sourcehansans",
+    "wqy",
+    "pingfang",
+    "hiraginosansgb",
+    "msyh",
+    "simhei",
+)
+CJK += ("droidsansfallback", "notoserifcjk", "notoserifsc", "sourcehanserif", "simsun", "uming", "ukai", "arialunicode")
+
+
+class Background:
+    """Keeps loss.png fresh from another process, rarely, at the lowest priority."""
+
+    def __init__(self, folder: Path, title: str):
+        self.folder, self.title = folder, title
+        self.process: subprocess.Popen[bytes] | None = None
+        self.started = time.monotonic()
+
+    def refresh(self) -> None:
+        """Starts a drawing where one is due; costs a look at the clock otherwise."""
+        if time.monotonic() - self.started < EVERY or (self.process and self.process.poll() is None):
+            return
+        self.started = time.monotonic()
+        command = [sys.executable, "-P", __file__, str(self.folder), self.title]
+        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        with contextlib.suppress(OSError):  # no memory for a process: the picture waits for the end
+            # a session of its own: Ctrl-C is for the run
+            self.process = subprocess.Popen(command, start_new_session=True, **quiet)  # type: ignore[call-overload]
+
+    def close(self) -> None:
+        """Waits for a drawing under way, so that it can't replace a later one."""
+        if self.process is None:
+            return
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            for part in self.folder.glob(".loss.png.*.part"):
+                part.unlink(missing_ok=True)
+        self.process = None
+
+
+class Smooth:
+    """Exponential moving average without the bias of its start."""
+
+    def __init__(self, weight: float = 0.9):
+        self.weight, self.mean, self.norm = weight, 0.0, 0.0
+
+    def push(self, value: float) -> float:
+        """The average with one more value."""
+        self.mean = self.weight * self.mean + (1 - self.weight) * value
+        self.norm = self.weight * self.norm + 1 - self.weight
+        return self.mean / self.norm
+
+
+def fonts_for(text: str) -> list[str] | None:
+    """Font families that draw `text` together; None where this machine has none for it."""
+    families, left = ["DejaVu Sans"], {ord(c) for c in text if not c.isspace()}
+    if text.isascii():
+        return families
+    from matplotlib import font_manager
+
+    def rank(file: str) -> int:
+        name = Path(file).name.lower().replace("-", "").replace("_", "").replace(" ", "")
+        return next((i for i, known in enumerate(CJK) if name.startswith(known)), len(CJK))
+
+    def regular(file: str) -> bool:
+        return not any(weight in file.lower() for weight in ("bold", "black", "light", "thin", "medium"))
+
+    left -= font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap().keys()
+    files = [f for f in font_manager.findSystemFonts() if rank(f) < len(CJK)]
+    for file in sorted(files, key=lambda f: (not regular(f), rank(f), f)):
+        if not left:
+            break
+        with contextlib.suppress(Exception):  # a damaged file, or a kind that FreeType does not read
+            font_manager.fontManager.addfont(file)  # not found by name: matplotlib's list is as old as its cache
+            families.append(font_manager.fontManager.ttflist[-1].name)
+            left -= font_manager.get_font(file).get_charmap().keys()
+    return None if left else families
+
+
+def draw(path: Path, rows: list[dict[str, Any]], evals: list[tuple[int, float | None]], title: str = "") -> None:
+    """The loss over the steps as a PNG, in place of an earlier one: every step, a smoothed line, and the held-out
+    losses. OSError where it can't be written; the earlier one is whole then."""
+    import logging
+
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it speaks while it builds its font cache
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    known = [(r["step"], r["loss"]) for r in rows if r.get("loss") is not None]
+    held = [(step, loss) for step, loss in evals if loss is not None]
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
+    if known:
+        steps, losses = zip(*known, strict=True)
+        axes.plot(steps, losses, color="#9db7d5", linewidth=1, label="loss")
+        mean = Smooth()
+        axes.plot(steps, [mean.push(loss) for loss in losses], color="#1f4e89", linewidth=2, label="smoothed")
+    if held:
+        axes.plot(*zip(*held, strict=True), "o-", color="#c8553d", label="held out")
+    axes.set(xlabel="step", ylabel="loss (nats per learned token)")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if known or held:
+        axes.legend(frameon=False)
+    if families := fonts_for(title):
+        axes.set_title(title, fontfamily=families, fontsize=11, parse_math=False)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        figure.savefig(part, format="png")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+        plt.close(figure)
+
+
+def read(path: Path) -> tuple[list[dict[str, Any]], list[tuple[int, float | None]]]:
+    """(rows of steps, held-out losses) of a log that may be growing: half a last line is left out."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    rows = [json.loads(line) for line in lines]
+    return [r for r in rows if "eval_loss" not in r], [(r["step"], r["eval_loss"]) for r in rows if "eval_loss" in r]
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(OSError):
+        os.nice(19)
+    folder = Path(sys.argv[1])
+    draw(folder / "loss.png", *read(folder / "log.jsonl"), title=sys.argv[2])
