@@ -2,41 +2,42 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Literal
 
+from minitune.settings import (
+    ALIASES,
+    UserError,
+    build,
+    canonical,
+    files_of,
+    flat_fields,
+    flatten,
+    parse_value,
+    read_yaml,
+    setting,
+    to_yaml,
+    version,
+    written_by,
+)
 
-class UserError(Exception):
-    """A fault in what the user gave. The message is one line: the file, the row, what is wrong, the mend."""
-
-
-def setting(default: Any, help: str, *, group: str = "", required: bool = False) -> Any:
-    """A dataclass field with its one-line reason; `group` is its heading in `--help`."""
-    return field(default=default, metadata={"help": help, "group": group, "required": required})
-
-
-# Other projects' names for the same setting; accepted everywhere a setting is read.
-ALIASES = {
-    "model_name_or_path": "model",
-    "output_dir": "output",
-    "dataset": "data",
-    "train_file": "data",
-    "validation_file": "eval_data",
-    "val_size": "eval_fraction",
-    "finetuning_type": "method",
-    "lora_rank": "lora_r",
-    "r": "lora_r",
-    "target_modules": "lora_target_modules",
-    "lora_target": "lora_target_modules",
-    "cutoff_len": "max_length",
-    "max_seq_length": "max_length",
-    "batch_size": "per_device_train_batch_size",
-    "epochs": "num_train_epochs",
-    "resume_from_checkpoint": "resume",
-}
+__all__ = [
+    "ALIASES",
+    "TemplateConfig",
+    "TrainConfig",
+    "UserError",
+    "build",
+    "canonical",
+    "files_of",
+    "flat_fields",
+    "flatten",
+    "parse_value",
+    "read_yaml",
+    "setting",
+    "to_yaml",
+    "version",
+    "written_by",
+]
 
 
 @dataclass(frozen=True)
@@ -46,69 +47,126 @@ class TemplateConfig:
     name: Literal["auto", "minicpm", "model"] = setting(
         "auto", "minicpm: <用户>…<AI>…; model: the checkpoint's own chat template; auto: what the checkpoint is"
     )
-    bos: bool = setting(True, "begin each row with the BOS token, as chat does (minicpm)")
-    strip: bool = setting(True, "strip white space around each content, as the official chat does (minicpm)")
-    join: str = setting("", "what stands between `instruction` and `input`")
+    bos: bool = setting(True, "begin each row with BOS, since chat does (minicpm)")
+    strip: bool = setting(True, "strip white space around each content, since the official chat does (minicpm)")
+    join: str = setting("", "what stands between `instruction` and `input`; nothing, as in the tutorial")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run."""
 
-    model: str = setting("", "a folder, a hub name, or smollm2", group="what", required=True)
-    data: str = setting("", "conversations: json, jsonl, csv or parquet", group="what", required=True)
-    output: str = setting("", "the run's folder", group="what", required=True)
-    method: Literal["lora", "full"] = setting("lora", "what is learned", group="what")
-    resume: str = setting("", "go on from the newest checkpoint of --output, or from this folder", group="what")
-    source: Literal["modelscope", "huggingface"] = setting("modelscope", "the hub asked first", group="what")
+    model: str = setting("", "a folder, a hub name, or smollm2", group="start here", required=True)
+    data: str = setting(
+        "",
+        "conversations: json, jsonl, csv or parquet; several files: commas between",
+        group="start here",
+        required=True,
+    )
+    output: str = setting(
+        "", "the run's folder; one that holds a run is never overwritten", group="start here", required=True
+    )
+    method: Literal["lora", "full"] = setting(
+        "lora", "what learns; lora: a small adapter, fits small cards; full: every parameter", group="start here"
+    )
+    num_train_epochs: float = setting(
+        3.0, "passes over the data; more on few rows is recited, not learned", group="start here"
+    )
+    learning_rate: float | None = setting(
+        None,
+        "the highest rate; an adapter starts at nothing and wants more than a trained model stands",
+        group="start here",
+        unset="1e-4; full: 1e-5",
+    )
+    eval_fraction: float = setting(0.0, "hold out this part of --data: its loss says when to stop", group="start here")
+    resume: str = setting("", "go on from the newest checkpoint of --output, or from this folder", group="start here")
 
-    max_length: int = setting(512, "tokens a row at most", group="data")
-    overlong: Literal["cut", "drop", "error"] = setting("cut", "what happens to a longer row", group="data")
-    eval_data: str = setting("", "held-out conversations", group="data")
-    eval_fraction: float = setting(0.0, "hold out this part of --data instead", group="data")
+    eval_data: str = setting("", "held-out conversations, in a file of their own", group="data")
+    eval_rows: int = setting(0, "hold out this many rows of --data instead of a part", group="data")
+    max_samples: int = setting(0, "read this many rows of each file at most, for a trial (0: all)", group="data")
+    max_length: int = setting(
+        512, "tokens a row at most; short rows cost nothing, since nothing is padded", group="data"
+    )
+    overlong: Literal["cut", "drop", "error"] = setting(
+        "cut", "a longer row loses its tail (and learns no end), is left out, or stops the run", group="data"
+    )
+    source: Literal["modelscope", "huggingface"] = setting(
+        "modelscope", "the hub asked first for --model", group="data"
+    )
     template: TemplateConfig = field(default_factory=TemplateConfig, metadata={"group": "template"})
 
-    num_train_epochs: float = setting(3.0, "passes over the data", group="optimisation")
-    max_steps: int = setting(0, "stop after this many steps (0: by epochs)", group="optimisation")
     per_device_train_batch_size: int = setting(4, "rows a micro-step", group="optimisation")
-    gradient_accumulation_steps: int = setting(4, "micro-steps a step", group="optimisation")
-    tokens_per_step: int = setting(0, "a step's size in tokens instead of rows (0: rows)", group="optimisation")
-    learning_rate: float | None = setting(None, "1e-4 for LoRA, 1e-5 for every parameter", group="optimisation")
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = setting(
-        "linear", "decay to zero, or none", group="optimisation"
+    gradient_accumulation_steps: int = setting(
+        4, "micro-steps a step; only the product, a step's rows, matters", group="optimisation"
     )
-    warmup_steps: int = setting(0, "steps of linear warm-up", group="optimisation")
+    tokens_per_step: int = setting(
+        0, "a step's size in tokens, for rows of very unequal length (0: in rows)", group="optimisation"
+    )
+    max_steps: int = setting(0, "stop after this many steps (0: by epochs)", group="optimisation")
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = setting(
+        "linear", "how the rate falls: to zero in a line, in a half wave, or not", group="optimisation"
+    )
+    warmup_steps: int = setting(0, "steps in which the rate rises from zero", group="optimisation")
     warmup_ratio: float = setting(0.0, "the same as a part of all steps", group="optimisation")
     weight_decay: float = setting(0.0, "AdamW's, on matrices only", group="optimisation")
-    adam_beta1: float = setting(0.9, "AdamW's first decay", group="optimisation")
-    adam_beta2: float = setting(0.999, "AdamW's second decay", group="optimisation")
-    adam_epsilon: float = setting(1e-8, "AdamW's epsilon", group="optimisation")
-    max_grad_norm: float = setting(1.0, "clip the global gradient norm (0: never)", group="optimisation")
-    seed: int = setting(42, "order of rows, initial adapter, dropout", group="optimisation")
-
-    lora_r: int = setting(8, "rank", group="lora")
-    lora_alpha: float = setting(32, "scale: alpha / r", group="lora")
-    lora_dropout: float = setting(0.1, "dropout before A", group="lora")
-    lora_target_modules: tuple[str, ...] | str = setting(
-        ("q_proj", "k_proj", "v_proj", "o_proj"), "a list of names, or a regular expression", group="lora"
+    adam_beta1: float = setting(0.9, "how long AdamW remembers the gradient", group="optimisation")
+    adam_beta2: float = setting(0.999, "how long AdamW remembers its square", group="optimisation")
+    adam_epsilon: float = setting(1e-8, "keeps AdamW from dividing by zero", group="optimisation")
+    max_grad_norm: float = setting(
+        1.0, "a step's gradient is shortened to this length (0: never)", group="optimisation"
     )
-    use_rslora: bool = setting(False, "scale by alpha / sqrt(r) instead", group="lora")
+    seed: int = setting(
+        42, "order of rows, initial adapter, dropout: the same seed, the same run", group="optimisation"
+    )
 
-    device: str = setting("auto", "cuda where there is a card, else cpu", group="device")
+    lora_r: int = setting(8, "rank: how much an adapter can hold; style needs little, knowledge more", group="LoRA")
+    lora_alpha: float = setting(32.0, "the adapter counts alpha / r times; change it with r", group="LoRA")
+    lora_dropout: float = setting(0.1, "part of its input an adapter does not see while it learns", group="LoRA")
+    lora_target_modules: tuple[str, ...] | str = setting(
+        ("q_proj", "k_proj", "v_proj", "o_proj"),
+        "linears that get an adapter: names, a regular expression, or all-linear",
+        group="LoRA",
+    )
+    use_rslora: bool = setting(False, "count alpha / sqrt(r) times, for high ranks", group="LoRA")
+
+    device: str = setting("auto", "cuda where there is a card, else cpu", group="hardware")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "auto", "of the computation; auto: bfloat16 where the hardware multiplies it", group="device"
+        "auto", "of the computation; auto: bfloat16 where the hardware multiplies it", group="hardware"
     )
     gradient_checkpointing: Literal["auto", "true", "false"] = setting(
-        "auto", "recompute activations in backward to save memory", group="device"
+        "auto", "recompute activations in backward: a third more time for much less memory", group="hardware"
     )
     tokens_per_pack: int = setting(
-        8192, "tokens computed at once at most (CPU: 1024); a larger step accumulates", group="device"
+        8192, "tokens computed at once at most (CPU: 1024): memory, never the result", group="hardware"
     )
 
-    logging_steps: int = setting(10, "steps between log rows on the screen", group="output")
-    save_steps: int = setting(0, "steps between checkpoints (0: at the end of each epoch)", group="output")
-    save_total_limit: int = setting(2, "checkpoints kept", group="output")
-    eval_steps: int = setting(0, "steps between held-out losses (0: at the end of each epoch)", group="output")
+    logging_steps: int = setting(
+        10, "steps between lines on the screen; log.jsonl has every step", group="log and checkpoints"
+    )
+    save_steps: int = setting(0, "steps between checkpoints (0: at the end of each epoch)", group="log and checkpoints")
+    save_total_limit: int = setting(2, "checkpoints kept", group="log and checkpoints")
+    eval_steps: int = setting(0, "steps between held-out losses (0: at the end of each epoch)", group="held-out loss")
+    early_stopping_patience: int = setting(
+        0, "stop after this many held-out losses without a better one (0: never)", group="held-out loss"
+    )
+    early_stopping_threshold: float = setting(
+        0.0, "what counts as better: lower by more than this", group="held-out loss"
+    )
+    load_best_model_at_end: bool = setting(
+        False, "end with the weights of the lowest held-out loss; their checkpoint is kept", group="held-out loss"
+    )
+    track: tuple[str, ...] = setting(
+        (), "tensorboard, wandb, swanlab, or several: offline, in the run's folder", group="watching"
+    )
+    watch: str = setting("", "prompts, one a line (or .jsonl messages), answered while it learns", group="watching")
+    watch_steps: int = setting(
+        0, "steps between such answers (0: at the end of each epoch); also before the first step",
+        group="watching",
+    )  # fmt: skip
+    watch_max_new_tokens: int = setting(64, "tokens of such an answer at most", group="watching")
+    watch_temperature: float = setting(
+        0.0, "0: always the likeliest token, so that only the weights differ", group="watching"
+    )
 
     @property
     def resolved_learning_rate(self) -> float:
@@ -119,128 +177,3 @@ class TrainConfig:
     @property
     def rows_per_step(self) -> int:
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
-
-
-def flat_fields(cls: type, prefix: str = "") -> dict[str, tuple[dataclasses.Field, Any]]:
-    """{dotted name: (field, resolved type)} of a settings class, nested classes spelled with a dot."""
-    hints = get_type_hints(cls)
-    out: dict[str, tuple[dataclasses.Field, Any]] = {}
-    for f in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[f.name]):
-            out.update(flat_fields(hints[f.name], f"{prefix}{f.name}."))
-        else:
-            out[prefix + f.name] = (f, hints[f.name])
-    return out
-
-
-def canonical(name: str, known: dict[str, Any], where: str) -> str:
-    """The setting's own name for a spelling with hyphens, an alias or a different case; UserError otherwise."""
-    plain = name.strip().lstrip("-").replace("-", "_")
-    plain = ALIASES.get(plain, plain)
-    if plain in known:
-        return plain
-    near = difflib.get_close_matches(plain, [*known, *ALIASES], n=1, cutoff=0.6)
-    hint = f"; did you mean {ALIASES.get(near[0], near[0])}?" if near else "; --help lists them all"
-    raise UserError(f"{where}: unknown setting {name!r}{hint}")
-
-
-def parse_value(name: str, value: Any, kind: Any, where: str) -> Any:
-    """`value` (a flag's text or a YAML scalar) as `kind`; UserError when it can't be."""
-    options = get_args(kind)
-    if get_origin(kind) is Literal:
-        text = str(value).lower() if isinstance(value, bool) else str(value)
-        if text in options:
-            return text
-        raise UserError(f"{where}: {name} is {value!r}; it takes {', '.join(map(str, options))}")
-    if get_origin(kind) is tuple or (options and any(get_origin(o) is tuple for o in options)):
-        if isinstance(value, list | tuple):
-            return tuple(str(v) for v in value)
-        parts = tuple(str(value).replace(",", " ").split())
-        return parts if all(p.isidentifier() for p in parts) else str(value)
-    if options and type(None) in options:
-        if value is None or str(value).lower() in ("none", "null", "auto", ""):
-            return None
-        kind = next(o for o in options if o is not type(None))
-    if kind is bool:
-        text = str(value).lower()
-        if text in ("true", "1", "yes", "on"):
-            return True
-        if text in ("false", "0", "no", "off"):
-            return False
-        raise UserError(f"{where}: {name} is {value!r}; it takes true or false")
-    if kind is str:  # YAML's own words for nothing, yes and no
-        return "" if value is None or value is False else "true" if value is True else str(value)
-    try:
-        if isinstance(value, bool):
-            raise ValueError
-        if kind is int and not isinstance(value, int):
-            number = float(value)
-            if number != int(number):
-                raise ValueError
-            return int(number)
-        return kind(value)
-    except (TypeError, ValueError, OverflowError):
-        noun = {int: "a whole number", float: "a number"}.get(kind, "text")
-        raise UserError(f"{where}: {name} is {value!r}; it takes {noun}") from None
-
-
-def build(cls: type, values: dict[str, Any], where: str = "settings") -> Any:
-    """An instance of `cls` from dotted, possibly aliased names; unknown names and bad values are UserErrors."""
-    known = flat_fields(cls)
-    nested: dict[str, dict[str, Any]] = {}
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        key = canonical(name, known, where)
-        parsed = parse_value(key, value, known[key][1], where)
-        head, _, tail = key.partition(".")
-        if tail:
-            nested.setdefault(head, {})[tail] = parsed
-        else:
-            flat[key] = parsed
-    hints = get_type_hints(cls)
-    for head, inner in nested.items():
-        flat[head] = hints[head](**inner)
-    return cls(**flat)
-
-
-def flatten(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping (YAML) as dotted names."""
-    out: dict[str, Any] = {}
-    for key, value in mapping.items():
-        if isinstance(value, dict):
-            out.update(flatten(value, f"{prefix}{key}."))
-        else:
-            out[f"{prefix}{key}"] = value
-    return out
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The settings of a YAML file as dotted names."""
-    import yaml
-
-    try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8; save the file as UTF-8") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
-        raise UserError(f"{path}:{place} not YAML: {getattr(error, 'problem', error)}") from None
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path}: settings are written `name: value`, one a line")
-    return flatten(loaded)
-
-
-def to_yaml(config: Any) -> str:
-    """Every setting, resolved, as YAML that `read_yaml` reads back."""
-    import yaml
-
-    plain = dataclasses.asdict(config)
-    for key, value in plain.items():
-        if isinstance(value, tuple):
-            plain[key] = list(value)
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)

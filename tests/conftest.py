@@ -53,3 +53,9 @@ def golden(shared: Path) -> Callable[[str], Path]:
         return path
 
     return find
+
+
+@pytest.fixture(scope="session", autouse=True)
+def rows_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Encoded rows of tests stay out of the user's cache."""
+    os.environ["MINITUNE_ROWS_CACHE"] = str(tmp_path_factory.mktemp("rows"))

@@ -13,7 +13,8 @@ from minitune.checkpoint.gguf import embedded_default
 from minitune.data import dataset
 from minitune.data.template import Template
 from minitune.export import export
-from minitune.infer.generate import generate
+from minitune.infer.engine import Engine, answer_all
+from minitune.infer.request import Request
 from minitune.infer.sampling import Sampling
 from minitune.train.prepare import make_loader
 from minitune.train.step import held_out_loss
@@ -70,7 +71,8 @@ def test_it_learns_and_others_open_it(run: tuple[Path, minitune.TrainConfig], tm
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     prompt = [i for i, label in zip(held.rows[0].input_ids, held.rows[0].labels, strict=True) if label < 0]
     greedy = merged.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12, min_new_tokens=12)
-    mine = list(generate(ours, prompt, (), Sampling(temperature=0, max_new_tokens=12)))
+    request = Request(tuple(prompt), Sampling(temperature=0, max_new_tokens=12))
+    mine = answer_all(Engine(ours, tokenizer, slots=1), [request])[0].ids
     eos = template.stop_ids[0]
     until = mine.index(eos) if eos in mine else 12  # `min_new_tokens` forbids EOS there, nothing forbids it here
     assert greedy[0, len(prompt) :].tolist()[:until] == mine[:until] and until > 0

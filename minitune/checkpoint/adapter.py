@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from minitune.checkpoint.weights import read_json, save_tensors
 from minitune.config import UserError
 from minitune.model.decoder import Decoder
-from minitune.model.lora import LoraConfig, adapted, attach, detach
+from minitune.model.lora import Choice, LoraConfig, adapted, attach, detach, stack
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -159,6 +160,21 @@ def load_adapter(decoder: Decoder, folder: str | Path) -> LoraConfig:
         target.copy_(saved[name])
     assert decoder.lora_config is not None
     return decoder.lora_config
+
+
+def load_stack(decoder: Decoder, folders: Sequence[str | Path]) -> Choice:
+    """Attaches the adapters of all folders at once, in this order; rows choose (`lora.Choice`).
+
+    UserError names the folder that does not fit this model.
+    """
+    if adapted(decoder):
+        raise ValueError("the decoder carries an adapter already")
+    held = []
+    for folder in folders:
+        load_adapter(decoder, folder)
+        held.append([linear.lora for linear in decoder.linears()])
+        detach(decoder)
+    return stack(decoder, held)
 
 
 def save_adapter(decoder: Decoder, folder: str | Path, base: str) -> None:

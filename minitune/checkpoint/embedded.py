@@ -26,6 +26,13 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minitune"
 
 
+def rows_cache() -> Path:
+    """Where encoded rows are kept from run to run: `$MINITUNE_ROWS_CACHE`, or `rows` in `cache_root()`."""
+    if root := os.environ.get("MINITUNE_ROWS_CACHE"):
+        return Path(root).expanduser()
+    return cache_root() / "rows"
+
+
 def embedded_default() -> Path:
     """The hub-layout folder of SmolLM2-135M-Instruct (float32, 540 MB), converted once and cached.
 

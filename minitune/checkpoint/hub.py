@@ -45,6 +45,10 @@ def resolve(
         verify(folder)
         return folder
     if folder.is_file():
+        if folder.suffix == ".gguf":
+            from minitune.checkpoint.gguf_folder import folder_of
+
+            return folder_of(folder)
         raise UserError(f"{name}: is a file; give the folder that holds config.json and the weights")
     if name == EMBEDDED:
         from minitune.checkpoint import gguf
@@ -168,6 +172,8 @@ def _weight_files(folder: Path) -> list[Path]:
             return [single]
         if index.is_file():
             return _shards(folder, index)
+    if (folder / "model.gguf").is_file():  # a folder of `gguf_folder`; the file itself was looked at there
+        return []
     raise UserError(
         f"{folder}: has no weights (model.safetensors, pytorch_model.bin, or an index and its shards); "
         "download the model again"

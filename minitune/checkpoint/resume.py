@@ -30,14 +30,16 @@ def checkpoints(output: Path) -> list[Path]:
 
 
 @contextmanager
-def saved(output: Path, step: int, state: dict[str, Any], keep: int) -> Iterator[Path]:
-    """checkpoint-`step`: yields the folder to write what was learned into, adds `state`, keeps the newest `keep`."""
+def saved(output: Path, step: int, state: dict[str, Any], keep: int, best: int = 0) -> Iterator[Path]:
+    """checkpoint-`step`: yields the folder to write what was learned into, adds `state`, keeps the newest `keep` and
+    checkpoint-`best`, however old."""
     with whole(output / f"checkpoint-{step}") as part:
         yield part
         torch.save(state, part / STATE)
     left_by_a_kill = output.glob(".checkpoint-*")
     for old in [*checkpoints(output)[: -max(1, keep)], *left_by_a_kill]:
-        shutil.rmtree(old, ignore_errors=True)
+        if old.name != f"checkpoint-{best}":
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def newest(output: Path) -> Path | None:

@@ -108,6 +108,23 @@ class TextStream:
         return []
 
 
+def token_bytes(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], bytes]:
+    """id -> the bytes that the token stands for, inside a text; a special token's are its name's."""
+    byte_level = _decoder_kinds(tokenizer) == ["ByteLevel"]
+
+    def spell(token_id: int) -> bytes:
+        token = tokenizer.convert_ids_to_tokens(token_id)
+        if not isinstance(token, str):
+            return b""
+        if byte_level:
+            return _byte_level(token)
+        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return bytes([int(token[3:5], 16)])
+        return token.replace("▁", " ").encode("utf-8", "replace")
+
+    return spell
+
+
 def _decoder_kinds(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The decoders of a tokenizer.json by name; [] of a tokenizer that has none."""
     backend = getattr(tokenizer, "backend_tokenizer", None)

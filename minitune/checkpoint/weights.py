@@ -1,4 +1,8 @@
-"""Hub layout <-> our parameters, both ways, strict. Memory-mapped, one tensor at a time; no checkpoint code is run."""
+"""Hub layout <-> our parameters, both ways, strict. Memory-mapped, one tensor at a time; no checkpoint code is run.
+
+Two other forms are read through the same names: 4-bit weights of compressed-tensors (`model.quantized`), and a GGUF
+file in a folder that `gguf_folder` made.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,20 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from minitune.config import UserError
 from minitune.model.decoder import Decoder, DecoderConfig, Layer
+from minitune.model.quantized import Int4Linear, group_of, quantize_linears
+
+if TYPE_CHECKING:
+    from minitune.checkpoint.gguf import GgufFile
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+GGUF = "model.gguf"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -74,6 +83,7 @@ class Shards:
         self._bins: dict[Path, dict[str, Tensor]] = {}
         self._safe: dict[Path, Any] = {}
         self.where: dict[str, Path] = {}
+        self._gguf: GgufFile | None = None
         for stem in ("model.safetensors", "pytorch_model.bin"):  # the order in which transformers looks
             path, index = self.folder / stem, self.folder / f"{stem}.index.json"
             if path.is_file():
@@ -82,12 +92,22 @@ class Shards:
             if index.is_file():
                 self._read_index(index)
                 return
+        if (path := self.folder / GGUF).is_file():
+            from minitune.checkpoint.gguf import GgufFile
+
+            self._gguf = GgufFile(path)
+            self.where = dict.fromkeys(self._gguf.names(), path)
+            return
         raise UserError(f"{self.folder}: no weights (model.safetensors or pytorch_model.bin, whole or sharded)")
 
     def __enter__(self) -> Shards:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.unmap()
+
+    def unmap(self) -> None:
+        """Lets go of the open file: what was read of it leaves this process's memory with the last tensor of it."""
         self._bins.clear()
         self._safe.clear()
 
@@ -134,7 +154,10 @@ class Shards:
         """The tensor, on the CPU; memory-mapped where the format allows. `shape`: what config.json asks for."""
         path = self.where[name]
         try:
-            tensor = self._bin(path)[name] if path.suffix == ".bin" else self._handle(path).get_tensor(name)
+            if self._gguf is not None:
+                tensor = self._gguf.get(name)
+            else:
+                tensor = self._bin(path)[name] if path.suffix == ".bin" else self._handle(path).get_tensor(name)
         except UserError:
             raise
         except Exception:
@@ -159,7 +182,13 @@ def hub_parameters(decoder: Decoder) -> dict[str, Tensor]:
         out[f"model.layers.{i}.post_attention_layernorm.weight"] = layer.mlp_norm.weight
     for linear in decoder.linears():
         for name, start, end in linear.parts:
-            out[f"{linear.hub_name(name)}.weight"] = linear.weight[start:end]
+            hub = f"{linear.hub_name(name)}.weight"
+            if isinstance(linear, Int4Linear):
+                out[f"{hub}_packed"], out[f"{hub}_scale"] = (
+                    t[start:end] for t in (linear.weight_packed, linear.weight_scale)
+                )
+            else:
+                out[hub] = linear.weight[start:end]
     return out
 
 
@@ -178,7 +207,7 @@ def _resolve_tie(config: DecoderConfig, shards: Shards) -> DecoderConfig:
 
 
 def _check_names(shards: Shards, wanted: dict[str, Tensor], tied: bool) -> None:
-    have = {n for n in shards.where if not n.endswith("rotary_emb.inv_freq")}
+    have = {n for n in shards.where if not n.endswith(("rotary_emb.inv_freq", ".weight_shape"))}
     if tied:
         have.discard(HEAD)
     for kind, names in (
@@ -190,11 +219,21 @@ def _check_names(shards: Shards, wanted: dict[str, Tensor], tied: bool) -> None:
             raise UserError(f"{shards.folder}: tensor {min(names)} {kind}{more}")
 
 
+def _int4_group(folder: Path) -> int | None:
+    path = folder / "config.json"
+    try:
+        return group_of(read_json(path))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
 def skeleton(shards: Shards) -> Decoder:
     """The decoder of the folder of `shards` on `meta`: its shapes and checked names, no memory, no values."""
     config = read_config(shards.folder)
     with torch.device("meta"):
         decoder = Decoder(_resolve_tie(config, shards))
+    if group := _int4_group(shards.folder):
+        quantize_linears(decoder, group)
     _check_names(shards, hub_parameters(decoder), decoder.config.tie_word_embeddings)
     return decoder
 

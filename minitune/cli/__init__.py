@@ -11,10 +11,11 @@ from typing import Any
 
 from minitune import __version__
 from minitune.cli.data import call_data, declare_data
+from minitune.cli.evaluate import call_evaluate, declare_evaluate
 from minitune.cli.export import call_export, declare_export
 from minitune.cli.parser import Help, Parser, hyphens
 from minitune.cli.start import call_demo, call_download, declare_demo, declare_download
-from minitune.cli.talk import call_chat, declare_chat
+from minitune.cli.talk import call_chat, call_serve, declare_chat, declare_serve
 from minitune.cli.train import call_train, declare_train
 from minitune.config import UserError
 
@@ -78,6 +79,8 @@ COMMANDS: dict[str, Command] = {
     "download": ("a model from ModelScope or Hugging Face", declare_download, call_download),
     "data": ("look at conversations before training on them", declare_data, call_data),
     "train": ("train LoRA or every parameter", declare_train, call_train),
+    "evaluate": ("what a model can do before and after", declare_evaluate, call_evaluate),
     "chat": ("talk to a model", declare_chat, call_chat),
+    "serve": ("an OpenAI-compatible server and a chat page", declare_serve, call_serve),
     "export": ("merge, and write what other programs open", declare_export, call_export),
 }

@@ -87,17 +87,24 @@ def learn(folder: Path) -> dict[str, Any]:
 
 
 def answers(questions: list[str], adapter: Path | None, tokens: int) -> list[str]:
-    """One greedy answer a question, each in a conversation of its own."""
-    from minitune.infer.chat import load
+    """One greedy answer a question, each in a conversation of its own, all at once."""
+    from minitune.infer.chat import Message
+    from minitune.infer.engine import answer_all
+    from minitune.infer.request import Request
     from minitune.infer.sampling import Sampling
+    from minitune.infer.session import open_model
 
-    sampling = Sampling(temperature=0, max_new_tokens=tokens)
-    chat = load(MODEL, str(adapter) if adapter else None, sampling=sampling, dtype="float32", device="cpu")
-    out = []
-    for question in questions:
-        chat.clear()
-        out.append("".join(chat.ask(question)).strip())
-    return out
+    name = "gudu" if adapter else ""
+    adapters = {name: adapter} if adapter else {}
+    session = open_model(MODEL, adapters, dtype="float32", device="cpu", slots=len(questions))
+    template = session.templates[name]
+    sampling, stops = Sampling(temperature=0, max_new_tokens=tokens), frozenset(template.stop_ids)
+    prompts = [tuple(template.prompt_ids([Message("user", question)])) for question in questions]
+    handles = answer_all(session.engine, [Request(ids, sampling, stops, adapter=name) for ids in prompts])
+    for handle in handles:
+        if handle.error:
+            raise handle.error
+    return [handle.text.strip() for handle in handles]
 
 
 def table(questions: list[str], before: list[str], after: list[str]) -> Any:

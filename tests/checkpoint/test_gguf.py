@@ -97,7 +97,7 @@ def test_dequantised_values_equal_a_plain_decoding(packaged: Path, smollm2: Path
     """Blocks decoded here from the bytes: Q4_1 is d * nibble + m, Q8_0 is d * int8, 32 weights a block."""
     from safetensors import safe_open
 
-    stored = {tensor.name: tensor for tensor in gguf._open(packaged).tensors}
+    stored = {tensor.name: tensor for tensor in gguf.open_reader(packaged).tensors}
     q4, q8 = stored["blk.7.ffn_down.weight"], stored["token_embd.weight"]
     assert (q4.tensor_type.name, q8.tensor_type.name) == ("Q4_1", "Q8_0")
 
@@ -265,7 +265,7 @@ def test_what_is_not_a_plain_llama_is_refused_in_one_line(tmp_path: Path) -> Non
         "'gemma'": write_tiny(tmp_path / "a.gguf", state, arch="gemma"),
         "rope scaling 'yarn'": write_tiny(tmp_path / "b.gguf", state, rope__scaling__type="yarn"),
         "experts": write_tiny(tmp_path / "c.gguf", state, expert_count=8),
-        "rope_freqs.weight": write_tiny(tmp_path / "d.gguf", {**state, "rope_freqs.weight": torch.ones(8)}),
+        "blk.0.attn_q.bias is not": write_tiny(tmp_path / "d.gguf", {**state, "blk.0.attn_q.bias": torch.ones(64)}),
         "blk.1.ffn_up.weight is missing": write_tiny(tmp_path / "e.gguf", less),
         "no such file": tmp_path / "absent.gguf",
     }
@@ -278,8 +278,8 @@ def test_what_is_not_a_plain_llama_is_refused_in_one_line(tmp_path: Path) -> Non
         with pytest.raises(UserError) as error:
             gguf.read_gguf(path)
         assert expected in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(UserError, match="gpt2/llama-bpe tokenizer"):
-        gguf.convert(write_tiny(tmp_path / "g.gguf", state, pre="llama-bpe"), tmp_path)
+    with pytest.raises(UserError, match="gpt2/deepseek-llm tokenizer"):
+        gguf.convert(write_tiny(tmp_path / "g.gguf", state, pre="deepseek-llm"), tmp_path)
 
 
 # ---- the cache

@@ -344,8 +344,10 @@ def test_names_that_are_neither_folder_nor_hub_name(tmp_path, home):
     """A mistyped path is not asked of a hub."""
     for name in (str(tmp_path / "absent"), "./absent", "nonsense", "a/b/c", "ow ner/x"):
         assert "no such folder, and not a hub name of the form owner/name" in refused(name)
+    (tmp_path / "model.bin").write_bytes(b"x")
+    assert "is a file" in refused(str(tmp_path / "model.bin"))
     (tmp_path / "model.gguf").write_bytes(b"x")
-    assert "is a file" in refused(str(tmp_path / "model.gguf"))
+    assert "not a whole GGUF file" in refused(str(tmp_path / "model.gguf"))
     assert "modelscope, huggingface" in refused("owner/x", source="github")
 
 

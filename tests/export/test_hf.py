@@ -482,7 +482,7 @@ def test_nothing_half_written(golden: Golden, tmp_path: Path, fail: str, monkeyp
 
 
 def test_memory_is_a_shards(tmp_path: Path) -> None:
-    """Merging into a checkpoint of many shards holds some two of them, not the model (96 MiB)."""
+    """A checkpoint of many shards: two of them and a layer are held (while comparing), not the model (96 MiB)."""
     status = Path("/proc/self/status")
     if not hasattr(ctypes.CDLL(None), "malloc_trim") or not status.is_file() or "RssAnon" not in status.read_text():
         pytest.skip("no RssAnon here")
@@ -513,4 +513,4 @@ def test_memory_is_a_shards(tmp_path: Path) -> None:
     done.set()
     thread.join()
     held = peak[0] - before
-    assert held < 32, f"{held} MiB"
+    assert held < 48, f"{held} MiB"

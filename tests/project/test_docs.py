@@ -1,7 +1,9 @@
-"""The documentation against the program: links resolve, command lines parse, examples load, the map is complete."""
+"""The documentation against the program: links resolve, command lines parse, examples load, both languages say the
+same, figures are those of the formulas, the map is complete."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ import minitune
 from minitune import cli
 from minitune.config import TrainConfig, build, flat_fields, read_yaml
 from minitune.data import records
+from minitune.foreign.reading import Source, read
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md"), ROOT / "tests" / "README.md"])
@@ -44,6 +47,11 @@ def commands(page: Path) -> Iterator[list[str]]:
                 words = shlex.split(line, comments=True)
                 if words and Path(words[0]).name == "minitune":
                     yield words[1:]
+
+
+def settings(values: dict, where: str) -> TrainConfig:
+    """What `minitune train` makes of them, in whatever program's words."""
+    return build(TrainConfig, read([Source(where, values)], flat_fields(TrainConfig)).values, where)
 
 
 def parser_of(name: str) -> cli.Parser:
@@ -80,13 +88,13 @@ def test_command_lines(page: Path) -> None:
         values = vars(parser_of(name).parse_args(rest))
         if name == "train":
             values.pop("config", None)
-            build(TrainConfig, values, page.name)
+            settings(values, page.name)
 
 
 @each_page
 def test_commands_in_prose(page: Path) -> None:
     """A `minitune …` in a sentence is a command of ours; so is each flag after it, and each flag alone."""
-    known = {option for name in cli.COMMANDS for a in parser_of(name)._actions for option in a.option_strings}
+    known = {option for name in cli.COMMANDS for option in parser_of(name)._option_string_actions}
     known |= {"--version"}
     for code in re.findall(r"`([^`\n]+)`", prose(page)):
         words = code.split()
@@ -107,15 +115,20 @@ def test_make_targets(page: Path) -> None:
 
 
 @each_page
-def test_examples(page: Path, tmp_path: Path) -> None:
+def test_examples(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Data examples load, YAML examples are settings, Python examples compile and use names that we export."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "huanhuan.json").write_text("[]", encoding="utf-8")
+    info = {"huanhuan": {"file_name": "huanhuan.json"}}
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
     for i, (language, text) in enumerate(blocks(page)):
         path = tmp_path / f"{i}.{language}"
         path.write_text(text, encoding="utf-8")
         if language in ("json", "jsonl", "csv"):
             assert records.load(path).conversations
         elif language == "yaml":
-            build(TrainConfig, read_yaml(path), page.name)
+            settings(read_yaml(path), page.name)
         elif language == "python":
             compile(text, page.name, "exec")
             assert set(re.findall(r"minitune\.(\w+)", text)) <= set(minitune.__all__)
@@ -137,14 +150,70 @@ def cells(row: str) -> list[str]:
     return re.split(r"(?<!\\)\|", row.strip().strip("|"))
 
 
-@pytest.mark.parametrize("pair", [("README.md", "README.zh-CN.md")])
-def test_two_languages_one_content(pair: tuple[str, str]) -> None:
-    """Both READMEs have the same blocks in the same order, and as many headings and table rows."""
-    one, other = (ROOT / name for name in pair)
-    assert blocks(one) == blocks(other)
-    for mark in (r"^## ", r"^\|", r"^- \["):
-        count = [len(re.findall(mark, prose(page), re.M)) for page in (one, other)]
-        assert count[0] == count[1], f"{mark}: {count}"
+PAIRS = [page for page in PAGES if page.with_suffix(".zh-CN.md").exists()]
+IN_BOTH = {"README", "concepts", "from-the-tutorial", "settings", "troubleshooting", "which-method"}
+
+
+def test_pages_for_users_are_in_both_languages() -> None:
+    assert {page.stem for page in PAIRS} >= IN_BOTH
+
+
+@pytest.mark.parametrize("page", PAIRS, ids=lambda p: p.name)
+def test_two_languages_one_content(page: Path) -> None:
+    """A page and its Chinese twin: the same blocks in the same order, as many headings, paragraphs, table rows, links."""
+    other = page.with_suffix(".zh-CN.md")
+    assert blocks(page) == blocks(other)
+    for mark in (r"^## ", r"^### ", r"^\|", r"^- ", r"^\d+\. ", r"^\*\*", r"\]\(https?:"):
+        count = [len(re.findall(mark, prose(p), re.M)) for p in (page, other)]
+        assert count[0] == count[1], f"{page.name}: {mark}: {count}"
+    one, two = (re.findall(r"\]\((https?:[^)]+)\)", prose(p)) for p in (page, other))
+    assert one == two
+    one, two = (sorted(re.findall(r"\d[\d,]*\.?\d* (?:GiB|MiB|GB)\b", prose(p))) for p in (page, other))
+    assert one == two, f"{page.name}: figures differ"
+
+
+@each_page
+def test_links_to_other_places(page: Path) -> None:
+    """Only their form, since nothing is fetched: https, a real host, and an issue's number as its label says."""
+    for label, target in re.findall(r"\[([^\]]+)\]\((\w+:[^)\s]*)\)", prose(page)):
+        assert re.fullmatch(r"https://[a-z0-9.-]+\.[a-z]{2,}(/[\w./%#?=&+~-]*)?", target), f"{page.name}: {target}"
+        assert not re.search(r"localhost|127\.0|example\.(com|org)", target)
+        number = re.search(r"#(\d+)$", label)
+        if number:
+            form = rf"https://github\.com/[\w-]+/[\w.-]+/(issues|pull)/{number[1]}"
+            assert re.fullmatch(form, target), f"{page.name}: [{label}]({target})"
+
+
+def test_the_memory_table() -> None:
+    """docs/which-method.md: each computed figure is that of its formula, written out again here."""
+    page = prose(ROOT / "docs" / "which-method.md")
+    shapes = ((1536, 3840, 52, 24, 8, 73440), (2304, 5760, 40, 36, 36, 122753), (576, 1536, 30, 9, 3, 49152))
+    names = ("MiniCPM-1B", "MiniCPM-2B", "smollm2")
+    assert f"| | {' | '.join(names)} |" in page
+    table = [[cell.strip() for cell in cells(row)] for row in re.findall(r"^\|.*\|$", page, re.M)]
+    rows = {row[0]: row[1:] for row in table}
+    for i, (hidden, ffn, layers, heads, kv, vocabulary) in enumerate(shapes):
+        query, key = heads * 64, kv * 64
+        layer = 2 * hidden * query + 2 * hidden * key + 3 * hidden * ffn + 2 * hidden
+        parameters = layers * layer + vocabulary * hidden + hidden
+        lora = 8 * layers * (2 * (hidden + query) + 2 * (hidden + key))
+        every = lora + 8 * layers * 3 * (hidden + ffn)
+        token = layers * (10 * hidden + 4 * ffn) * 2
+        kept = layers * hidden * 2 + (10 * hidden + 4 * ffn) * 2
+        wanted = {
+            "parameters (tied)": f"{parameters:,}",
+            "weights, bfloat16": f"{2 * parameters / 2**30:.2f} GiB",
+            "LoRA on q, k, v, o, rank 8": f"{16 * lora / 2**20:.0f} MiB",
+            "LoRA on all linears, rank 8": f"{16 * every / 2**20:.0f} MiB",
+            "every parameter, bfloat16": f"{20 * parameters / 2**30:.1f} GiB",
+            "every parameter, float32": f"{16 * parameters / 2**30:.1f} GiB",
+            "activations of 1,100 tokens": f"{1100 * token / 2**30:.2f} GiB",
+            "activations of 8,192 tokens": f"{8192 * token / 2**30:.2f} GiB",
+        }
+        for what, figure in wanted.items():
+            assert rows[what][i] == figure, f"{names[i]}: {what}"
+        for tokens in (1100, 8192):
+            assert f"{tokens * kept / 2**30:.2f} GiB" in page
 
 
 def test_the_map_is_complete() -> None:

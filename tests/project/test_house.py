@@ -20,10 +20,12 @@ from minitune.config import TrainConfig, flat_fields
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "minitune"
 FILES = sorted(PACKAGE.rglob("*.py"))
-ROOMS = ("model", "data", "checkpoint", "train", "infer")
+ROOMS = ("foreign", "model", "data", "checkpoint", "train", "infer")
 # What each room may import besides itself; DESIGN.md's table.
 ARROWS = {
-    "config": set(),
+    "settings": set(),
+    "config": {"settings"},
+    "foreign": {"config"},
     "model": set(),
     "data": {"config"},
     "checkpoint": {"model", "config"},
@@ -136,7 +138,7 @@ def minitune(*argv: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT, check=True)
 
 
-@pytest.mark.parametrize("argv", [[], ["train"], ["data"], ["chat"]])
+@pytest.mark.parametrize("argv", [[], ["train"], ["data"], ["chat"], ["serve"]])
 def test_help_answers_at_once(argv: list[str]) -> None:
     """Under 0.3 s, the best of five, and nothing heavy is imported on the way."""
     seconds = []
@@ -205,6 +207,7 @@ def test_wheel(tmp_path: Path) -> None:
     carried = {n.removesuffix(".py").removesuffix("/__init__") for n in names if n.endswith(".py")}
     assert carried == wanted
     assert {"minitune/demo/persona.jsonl", "minitune/demo/questions.json"} <= set(names)
+    assert {f"minitune/infer/http/page/{p.name}" for p in (PACKAGE / "infer/http/page").iterdir()} <= set(names)
     assert {n.partition("/")[0] for n in names} == {
         "minitune",
         wheel.name.removesuffix("-py3-none-any.whl") + ".dist-info",
