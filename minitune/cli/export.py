@@ -46,5 +46,6 @@ def call_export(values: dict[str, Any]) -> int:
         raise UserError(f"--verify is {verify!r}; it takes true, false")
     from minitune.export import export
 
-    export(**{"format": "hf", "verify": verify == "true"} | values)
+    settings: dict[str, Any] = {"format": "hf", "verify": verify == "true"} | values
+    export(**settings)
     return 0

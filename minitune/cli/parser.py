@@ -128,7 +128,8 @@ def metavar(name: str, kind: Any) -> str:
 
 
 NOUNS = {"model": "MODEL", "data": "FILE", "eval_data": "FILE", "output": "DIR", "resume": "DIR", "device": "DEVICE"}
-NOUNS |= {"watch": "FILE", "general": "FILE", "train_data": "FILE", "html": "FILE", "adapter": "DIR", "task_path": "DIR"}
+NOUNS |= {"watch": "FILE", "general": "FILE", "train_data": "FILE", "html": "FILE"}
+NOUNS |= {"adapter": "DIR", "task_path": "DIR"}
 
 
 def shown_default(setting: Any) -> str:

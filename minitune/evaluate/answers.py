@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from minitune.data.records import Conversation, Message
+from minitune.data.records import Message
 from minitune.data.template import Template
 from minitune.evaluate import habits
+from minitune.evaluate.held_out import HeldOut
 from minitune.evaluate.settings import EvaluateConfig
 from minitune.infer.engine import Engine
 from minitune.infer.request import Request
@@ -23,7 +24,7 @@ Progress = Callable[[int], None]
 class Question:
     """A held-out row as a question: everything before its last answer, and that answer."""
 
-    row: int
+    place: tuple[str, int]
     messages: tuple[Message, ...]
     wanted: str
 
@@ -41,11 +42,14 @@ class Answer:
     ids: tuple[int, ...]
 
 
-def questions(conversations: Sequence[Conversation], most: int, seed: int) -> list[Question]:
-    """At most `most` of the rows, a seeded choice in the file's order."""
-    order = torch.randperm(len(conversations), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = [conversations[i] for i in sorted(order[:most])]
-    return [Question(c.row, tuple(c.messages[:-1]), c.messages[-1].content.strip()) for c in chosen]
+def questions(held: HeldOut, most: int, seed: int) -> list[Question]:
+    """At most `most` of the rows, a seeded choice in the files' order."""
+    order = torch.randperm(len(held.places), generator=torch.Generator().manual_seed(seed)).tolist()
+    out = []
+    for i in sorted(order[:most]):
+        *before, last = held.conversations[i].messages
+        out.append(Question(held.places[i], tuple(before), last.content.strip()))
+    return out
 
 
 def sampling_of(config: EvaluateConfig) -> Sampling:
@@ -86,7 +90,9 @@ def ask(
     return [Answer(h.text, h.finish, tuple(h.ids)) if h else None for h in handles]
 
 
-def summary(given: Sequence[Answer], recited: Sequence[habits.Recital] | None) -> dict[str, Any]:
+def summary(
+    given: Sequence[Answer], asked: Sequence[Question], recited: Sequence[habits.Recital] | None
+) -> dict[str, Any]:
     """What can be counted of one side's answers; shares from 0 to 1."""
     count = len(given)
 
@@ -98,6 +104,7 @@ def summary(given: Sequence[Answer], recited: Sequence[habits.Recital] | None) -
         "tokens": sum(len(a.ids) for a in given) / count,
         "stops": share(a.finish == "stop" for a in given),
         "empty": share(not a.text.strip() for a in given),
+        "echoes": share(habits.squeezed(a.text) == habits.squeezed(q.text) for a, q in zip(given, asked, strict=True)),
         "repetition": sum(habits.repetition(a.ids) for a in given) / count,
         "loops": share(habits.loops(a.ids) for a in given),
     }

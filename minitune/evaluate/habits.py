@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 STRETCH = 12  # characters (white space aside) that an answer must share with a training answer to be called recited
+Place = tuple[str, int]  # (file, row)
 GRAM = 4  # Welleck et al. 2019, https://arxiv.org/abs/1908.04319: seq-rep-4
 
 
@@ -38,10 +39,11 @@ def squeezed(text: str) -> str:
 class Recital:
     """What an answer shares with the training answer that it shares most with (0: nothing of STRETCH characters).
 
-    row: that answer's row. equal: it is the whole answer, word for word. common: characters of the longest stretch.
-    part: the share of the answer that this stretch is.
+    file, row: where that answer stands. equal: it is the whole answer, word for word. common: characters of the
+    longest stretch. part: the share of the answer that this stretch is.
     """
 
+    file: str = ""
     row: int = 0
     equal: bool = False
     common: int = 0
@@ -54,12 +56,12 @@ class Recital:
 
 
 def recitals(
-    answers: Sequence[str], own_rows: Sequence[int | None], learned: Iterable[tuple[int, str]]
+    answers: Sequence[str], own: Sequence[Place | None], learned: Iterable[tuple[Place, str]]
 ) -> list[Recital]:
     """For each answer, the training answer that it recites.
 
-    own_rows: the row that an answer was asked for, which is not counted, where it stands in the training data too.
-    learned: (row, answer) of the training data, read once; only the answers' stretches are held in memory.
+    own: the row that an answer was asked for, which is not counted where it stands in the training data too.
+    learned: (file and row, answer) of the training data, read once; only the answers' stretches are held in memory.
     """
     texts = [squeezed(a) for a in answers]
     whole: dict[str, list[int]] = {}
@@ -70,20 +72,20 @@ def recitals(
         for at in range(len(text) - STRETCH + 1):
             places.setdefault(text[at : at + STRETCH], []).append((i, at))
     best = [Recital() for _ in texts]
-    for row, answer in learned:
+    for place, answer in learned:
         known = squeezed(answer)
         for i in whole.get(known, ()):
-            if row != own_rows[i] and not best[i].equal:
-                best[i] = Recital(row, True, len(known), 1.0)
-        _longest(known, row, texts, own_rows, places, best)
+            if place != own[i] and not best[i].equal:
+                best[i] = Recital(*place, True, len(known), 1.0)
+        _longest(known, place, texts, own, places, best)
     return best
 
 
 def _longest(
     known: str,
-    row: int,
+    place: Place,
     texts: Sequence[str],
-    own_rows: Sequence[int | None],
+    own: Sequence[Place | None],
     places: dict[str, list[tuple[int, int]]],
     best: list[Recital],
 ) -> None:
@@ -91,7 +93,7 @@ def _longest(
     for at in range(len(known) - STRETCH + 1):
         for i, start in places.get(known[at : at + STRETCH], ()):
             text = texts[i]
-            if row == own_rows[i] or best[i].equal:
+            if place == own[i] or best[i].equal:
                 continue
             if at and start and known[at - 1] == text[start - 1]:
                 continue  # counted from where the stretch begins
@@ -99,4 +101,4 @@ def _longest(
             while at + end < len(known) and start + end < len(text) and known[at + end] == text[start + end]:
                 end += 1
             if end > best[i].common:
-                best[i] = Recital(row, False, end, end / len(text))
+                best[i] = Recital(*place, False, end, end / len(text))

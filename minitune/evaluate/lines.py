@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from minitune.evaluate.subject import BASE, TUNED
@@ -33,6 +34,7 @@ def table(result: dict[str, Any]) -> list[Line]:
         add("tokens an answer", said, lambda of: f"{of['tokens']:.0f}")
         add("4-grams that repeat", said, lambda of: percent(of["repetition"]))
         add("answers that end in a loop", said, lambda of: percent(of["loops"]))
+        add("answers that repeat the question", said, lambda of: percent(of["echoes"]))
         if any(said[side]["empty"] for side in sides):
             add("empty answers", said, lambda of: percent(of["empty"]))
         if "recited" in first:
@@ -80,18 +82,38 @@ def remarks(result: dict[str, Any]) -> list[str]:
     held = result.get("held_out")
     if held:
         rows, tokens = len(held[BASE]["rows"]), held[BASE]["tokens"]
-        out.append(f"held out: {rows:,} rows of {held['file']}, {tokens:,} supervised tokens")
+        out.append(f"held out: {rows:,} rows of {', '.join(held['files'])}, {tokens:,} supervised tokens")
         if TUNED in held:
             before, after = held[BASE]["loss"], held[TUNED]["loss"]
             better = sum(a["loss"] < b["loss"] for a, b in zip(held[TUNED]["rows"], held[BASE]["rows"], strict=True))
             out.append(f"held-out loss {before:.4f} -> {after:.4f}; {better:,} of {rows:,} rows are better")
         last = names(result)[-1]
+        several = len(held["files"]) > 1
         worst = sorted(held[last]["rows"], key=lambda row: -row["loss"])[:5]
-        out.append(f"highest loss of {last}: " + ", ".join(f"row {row['row']} ({row['loss']:.2f})" for row in worst))
+        out.append(
+            f"highest loss of {last}: " + ", ".join(f"{row_name(row, several)} ({row['loss']:.2f})" for row in worst)
+        )
     if "verdict" in result.get("general", {}):
         out.append(result["general"]["verdict"])
     leaked = result.get("answers", {}).get("also_learned")
     if leaked:
-        shown = ", ".join(map(str, leaked[:8])) + (", …" if len(leaked) > 8 else "")
-        out.append(f"{len(leaked)} of the questions stand in the training data with their answers: rows {shown}")
+        shown = ", ".join(row_name(row, several_files(result)) for row in leaked[:8]) + ", …" * (len(leaked) > 8)
+        out.append(f"{len(leaked)} of the questions stand in the training data with their answers: {shown}")
     return out + result["notes"]
+
+
+def row_name(row: dict[str, Any], several: bool) -> str:
+    """A row by its number, and its file where there are several."""
+    return f"row {row['row']} of {row['file']}" if several else f"row {row['row']}"
+
+
+def several_files(result: dict[str, Any]) -> bool:
+    return len(result["held_out"]["files"]) > 1
+
+
+def marks(said: dict[str, Any]) -> list[str]:
+    """What is to be noticed of an answer."""
+    out = [] if said["finish"] == "stop" else [f"did not stop ({said['finish']})"]
+    if said.get("shared", {}).get("recited"):
+        out.append(f"recites row {said['shared']['row']} of {Path(said['shared']['file']).name}")
+    return out

@@ -31,7 +31,9 @@ def page(result: dict[str, Any]) -> str:
         sections.append(_losses(result["held_out"], sides))
     said = result.get("answers", {}).get("rows", [])
     if said:
-        sections.append(Section("Answers side by side", [_answers(row, sides) for row in said]))
+        several = lines.several_files(result)
+        cards = [_answers(row, sides, lines.row_name(row, several)) for row in said]
+        sections.append(Section("Answers side by side", cards))
     return html.page("How good is it?", sections, style=STYLE)
 
 
@@ -43,7 +45,7 @@ def _losses(held: dict[str, Any], sides: list[str]) -> Section:
     """How the rows' losses lie, and every row in a list that unfolds."""
     parts: list[object] = []
     values = {side: [row["loss"] for row in held[side]["rows"]] for side in sides}
-    high = max(max(v) for v in values.values()) or 1.0
+    high = 4.0 * max(1, math.ceil(max(map(max, values.values())) / 4))  # whole numbers at the axis
     edges = [high * i / 24 for i in range(25)]
     for side in sides:
         counts = [0] * 24
@@ -52,25 +54,22 @@ def _losses(held: dict[str, Any], sides: list[str]) -> Section:
         marks = {"mean": round(held[side]["loss"], 3)}
         parts += [tag("p", side, class_="label"), html.bars(edges, counts, "loss of a row, nats a token", marks)]
     rows = zip(*(held[side]["rows"] for side in sides), strict=True)
-    listed = [(of[0]["row"], of[0]["tokens"], *(f"{one['loss']:.4f}" for one in of)) for of in rows]
-    table = html.table(("row", "tokens", *sides), listed, range(2 + len(sides)))
+    several = len(held["files"]) > 1
+    listed = [(lines.row_name(of[0], several), of[0]["tokens"], *(f"{one['loss']:.4f}" for one in of)) for of in rows]
+    table = html.table(("row", "tokens", *sides), listed, range(1, 2 + len(sides)))
     parts.append(tag("details", tag("summary", f"all {len(listed):,} rows"), table))
     return Section("Held-out rows", parts)
 
 
-def _answers(row: dict[str, Any], sides: list[str]) -> Html:
+def _answers(row: dict[str, Any], sides: list[str], name: str) -> Html:
     """A card: the question, what was wanted, and the answers beside each other."""
     turns = [(m["role"], m["content"].strip()) for m in row["messages"][:-1]]
-    turns += [(f"row {row['row']}", row["messages"][-1]["content"].strip()), ("wanted", row["wanted"])]
+    turns += [(name, row["messages"][-1]["content"].strip()), ("wanted", row["wanted"])]
     above = [tag("p", tag("span", name, class_="label"), "\n", text) for name, text in turns]
     said = []
     for side in sides:
         one = row[side]
-        marks = []
-        if one["finish"] != "stop":
-            marks.append(tag("p", f"did not stop ({one['finish']})", class_="warn"))
-        if one.get("shared", {}).get("recited"):
-            marks.append(tag("p", f"recites row {one['shared']['row']}", class_="warn"))
+        marks = [tag("p", mark, class_="warn") for mark in lines.marks(one)]
         said.append(tag("div", tag("h3", side), tag("p", one["text"].strip()), *marks))
     return tag("div", *above, tag("div", *said, class_="pair"), class_="card", lang="zh-CN")
 

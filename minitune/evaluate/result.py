@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from minitune.config import UserError
-from minitune.data import records
 from minitune.data.template import Encoded, Template
-from minitune.evaluate import answers, general, habits, loss, scores, subject
+from minitune.evaluate import answers, general, habits, loss, scores
 from minitune.evaluate.answers import Answer, Question
+from minitune.evaluate.held_out import HeldOut, Learned
 from minitune.evaluate.settings import EvaluateConfig
-from minitune.evaluate.subject import HeldOut, Side, Subject
+from minitune.evaluate.subject import Side, Subject
 
 
 @dataclass
@@ -68,12 +68,12 @@ def compare(measured: Sequence[Measured], ready: Prepared, config: EvaluateConfi
 
 def held_out_part(measured: Sequence[Measured], held: HeldOut) -> dict[str, Any]:
     """loss: nats a supervised token, over all of them; rows: the same of each."""
-    part: dict[str, Any] = {"file": held.file}
+    part: dict[str, Any] = {"files": held.files}
     for m in measured:
         assert m.held_out is not None
         rows = [
-            {"row": n, "tokens": count, "loss": total / count}
-            for n, (total, count) in zip(held.numbers, m.held_out.rows, strict=True)
+            {"file": file, "row": row, "tokens": count, "loss": total / count}
+            for (file, row), (total, count) in zip(held.places, m.held_out.rows, strict=True)
         ]
         part[m.side.name] = {
             "loss": m.held_out.mean,
@@ -106,15 +106,16 @@ def answers_part(
     part: dict[str, Any] = {"sampling": dataclasses.asdict(answers.sampling_of(config)), "rows": []}
     if not asked:
         return part
-    learned = Learned.of(config, ready, found, notes)
-    part["rows"] = [
-        {"row": q.row, "messages": [{"role": t.role, "content": t.content} for t in q.messages], "wanted": q.wanted}
-        for q in asked
-    ]
+    assert ready.held is not None
+    learned = Learned.of(config, ready.held, found, notes)
+    own = [q.place for q in asked]
+    for q in asked:
+        messages = [{"role": t.role, "content": t.content} for t in q.messages]
+        part["rows"].append({"file": q.place[0], "row": q.place[1], "messages": messages, "wanted": q.wanted})
     for m in measured:
         said = [a for a in (m.answers[i] for i in given) if a is not None]
-        recited = habits.recitals([a.text for a in said], learned.own(asked), learned.answers()) if learned else None
-        part[m.side.name] = answers.summary(said, recited)
+        recited = habits.recitals([a.text for a in said], own, learned.answers()) if learned else None
+        part[m.side.name] = answers.summary(said, asked, recited)
         for i, (row, answer) in enumerate(zip(part["rows"], said, strict=True)):
             row[m.side.name] = {"text": answer.text, "finish": answer.finish, "tokens": len(answer.ids)}
             if recited and (recited[i].common or recited[i].equal):
@@ -127,55 +128,7 @@ def answers_part(
             if str(missing) not in notes:
                 notes.append(str(missing))
     if learned:
-        part["train_data"] = learned.file
-        part["also_learned"] = learned.leaked(asked)
+        part["train_data"] = learned.files
+        whole = [[*(m.content for m in q.messages), q.wanted] for q in asked]
+        part["also_learned"] = [{"file": file, "row": row} for file, row in learned.repeated(own, whole)]
     return part
-
-
-@dataclass(frozen=True)
-class Learned:
-    """The training answers that an answer may recite. rows: those that were learned, None: all of the file."""
-
-    file: str
-    join: str
-    rows: set[int] | None
-    same: bool
-
-    @staticmethod
-    def of(config: EvaluateConfig, ready: Prepared, found: Subject, notes: list[str]) -> Learned | None:
-        """--train_data, else what the run learned from; None where there is neither."""
-        held, run = ready.held, found.run
-        assert held is not None
-        path = config.train_data or (run.data if run else "")
-        if not path:
-            return None
-        if not config.train_data:
-            try:
-                path = subject.here(path, found)
-            except UserError:
-                notes.append(f"{path} is not here: what is recited from it is not counted; give --train_data")
-                return None
-        same = subject.same_file(path, held.file)
-        join = run.template.join if run else ""
-        return Learned(path, join, held.learned if same else None, same)
-
-    def conversations(self) -> Iterator[records.Conversation]:
-        return (c for c in records.stream(self.file, join=self.join) if self.rows is None or c.row in self.rows)
-
-    def answers(self) -> Iterator[tuple[int, str]]:
-        return ((c.row, m.content) for c in self.conversations() for m in c.messages if m.role == "assistant")
-
-    def own(self, asked: Sequence[Question]) -> list[int | None]:
-        """The asked rows' own numbers in the training data, where they stand there."""
-        return [q.row if self.same else None for q in asked]
-
-    def leaked(self, asked: Sequence[Question]) -> list[int]:
-        """Rows of the questions that stand in the training data word for word, answer included, as another row."""
-        whole: dict[tuple[str, ...], list[int]] = {}
-        for q in asked:
-            whole.setdefault((*(m.content.strip() for m in q.messages), q.wanted), []).append(q.row)
-        out = set()
-        for c in self.conversations():
-            key = tuple(m.content.strip() for m in c.messages)
-            out |= {row for row in whole.get(key, ()) if not (self.same and row == c.row)}
-        return sorted(out)

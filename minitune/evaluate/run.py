@@ -11,7 +11,7 @@ from minitune.checkpoint import hub
 from minitune.checkpoint.tokenizer import load_tokenizer
 from minitune.checkpoint.weights import choose_device, choose_dtype, load_model, read_config
 from minitune.config import TrainConfig, UserError
-from minitune.evaluate import answers, general, loss, subject
+from minitune.evaluate import answers, general, held_out, loss, subject
 from minitune.evaluate.progress import Watch
 from minitune.evaluate.result import Measured, Prepared, compare
 from minitune.evaluate.settings import EvaluateConfig
@@ -42,7 +42,7 @@ def prepare(config: EvaluateConfig) -> Prepared:
         tasks = harness().find_tasks(config.tasks, config.task_path)
     choice = None
     if config.data or found.run is not None or not (config.general or config.tasks):
-        choice = subject.choose(config, found)
+        choice = held_out.choose(config, found)
     folders = {side.name: hub.resolve(side.model, source=config.source) for side in found.sides}
     tokenizers = {folder: load_tokenizer(folder) for folder in dict.fromkeys(folders.values())}
     for folder in tokenizers:
@@ -52,10 +52,10 @@ def prepare(config: EvaluateConfig) -> Prepared:
         for side in found.sides
     }
     last = found.sides[-1].name  # the rows are those that the tuned model was trained like
-    held = subject.held_out(choice, templates[last]) if choice else None
+    held = held_out.read(choice, templates[last]) if choice else None
     length = config.max_length or (found.run.max_length if found.run else 512)
     windows = general.read(config.general, tokenizers[folders[last]], length) if config.general else []
-    asked = answers.questions(held.conversations, config.answers, config.seed) if held else []
+    asked = answers.questions(held, config.answers, config.seed) if held else []
     dtype = choose(config, found.run, device)
     lines = [f"{side.name}: {side.label}" for side in found.sides]
     lines += [*(held.lines if held else []), f"computed in {dtype} on {device}"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from minitune.config import UserError, setting
+from minitune.settings import files_of
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,9 @@ class EvaluateConfig:
             if not least <= value < below:
                 raise UserError(f"{name} is {value}; it is at least {least}")
         for name in ("data", "general", "train_data"):
-            path = getattr(self, name)
-            if path and not Path(path).is_file():
-                raise UserError(f"{path}: no such file")
+            for path in files_of(getattr(self, name)):
+                if not Path(path).is_file():
+                    raise UserError(f"{path}: no such file")
         if self.task_path and not Path(self.task_path).is_dir():
             raise UserError(f"{self.task_path}: no such folder")
         if self.output and Path(self.output).exists() and not Path(self.output).is_dir():

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minitune.checkpoint.adapter import CONFIG as ADAPTER
 from minitune.checkpoint.weights import read_json
 from minitune.config import TrainConfig, UserError, build, read_yaml
-from minitune.data import dataset, records
-from minitune.data.records import Conversation
-from minitune.data.template import Encoded, Template
+from minitune.data.template import Template
 from minitune.evaluate.settings import EvaluateConfig
 
 BASE, TUNED = "base", "tuned"
@@ -74,82 +70,12 @@ def read_run(folder: str) -> TrainConfig | None:
     return build(TrainConfig, read_yaml(path), str(path))
 
 
-@dataclass
-class HeldOut:
-    """The rows that are evaluated: `conversations[i]` is what `rows[i]` encodes.
-
-    learned: the rows of the same file that the run learned from, None where the file is another.
-    """
-
-    file: str
-    rows: Sequence[Encoded]
-    conversations: list[Conversation]
-    lines: list[str]
-    learned: set[int] | None = None
-
-    @property
-    def numbers(self) -> list[int]:
-        return [conversation.row for conversation in self.conversations]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Where the held-out rows come from. fraction: the part of `file` that the run held out, 0: all of it."""
-
-    file: str
-    why: str
-    fraction: float = 0.0
-    seed: int = 0
-    settings: TrainConfig = field(default_factory=TrainConfig)
-
-
-def choose(config: EvaluateConfig, found: Subject) -> Choice:
-    """--data, else what the run held out. UserError where there is neither."""
-    run = found.run or TrainConfig()
-    if config.max_length:
-        run = dataclasses.replace(run, max_length=config.max_length)
-    if config.data:
-        same = found.run is not None and same_file(config.data, run.data)
-        fraction = run.eval_fraction if same else 0.0
-        if same and fraction:
-            return Choice(config.data, "the rows of it that the run held out", fraction, run.seed, run)
-        return Choice(config.data, "all its rows", settings=run)
-    if found.run is None:
-        where = f": {found.run_folder} has no run.yaml" if found.run_folder else ""
-        raise UserError(f"no held-out rows{where}; give --data")
-    if run.eval_data:
-        return Choice(here(run.eval_data, found), "named by the run", settings=run)
-    if run.eval_fraction:
-        return Choice(here(run.data, found), f"held out by the run, {run.eval_fraction:g} of it at seed {run.seed}",
-                      run.eval_fraction, run.seed, run)  # fmt: skip
-    raise UserError(f"{found.run_folder}: the run held nothing out; give --data")
-
-
 def here(path: str, found: Subject) -> str:
-    """A path of run.yaml: as it is written, or beside the run's folder. UserError where it is gone."""
+    """A file that run.yaml names: as it is written, or beside the run's folder. UserError where it is gone."""
     for place in (Path(path), Path(found.run_folder).parent / path):
         if place.is_file():
             return str(place)
     raise UserError(f"{found.run_folder}: its run.yaml names {path}, which is not here; give --data (or --train_data)")
-
-
-def same_file(one: str, other: str) -> bool:
-    return bool(other) and Path(one).resolve() == Path(other).resolve()
-
-
-def held_out(choice: Choice, template: Template) -> HeldOut:
-    """Reads and encodes the rows as the run did."""
-    settings = choice.settings
-    data = dataset.load(choice.file, template, settings.max_length, settings.overlong, most=settings.max_samples)
-    learned, rows = None, data.rows
-    if choice.fraction:
-        learn, rows = dataset.split(data, choice.fraction, choice.seed)
-        learned = set(learn.numbers.tolist())
-    wanted = set(rows.numbers.tolist())
-    found = records.stream(choice.file, join=template.config.join)
-    conversations = [c for c in found if c.row in wanted]
-    lines = [*data.summary(settings.max_length), f"{choice.file}: {len(rows):,} rows are evaluated: {choice.why}"]
-    return HeldOut(choice.file, rows, conversations, lines, learned)
 
 
 def open_template(side: Side, folder: Path, tokenizer: Any) -> Template:

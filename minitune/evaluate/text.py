@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from minitune.data.html import visible
 from minitune.evaluate import lines
 
 
@@ -26,34 +27,32 @@ def show(result: dict[str, Any], answers: int, console: Console | None = None) -
     rows = result.get("answers", {}).get("rows", [])
     for row in rows[:answers]:
         console.print()
-        side_by_side(console, row, sides)
+        side_by_side(console, row, sides, lines.row_name(row, lines.several_files(result)))
     if len(rows) > answers:
-        console.print(
-            f"\n{len(rows) - answers} more answers: --show {len(rows)}, --html FILE or --output DIR", markup=False
-        )
+        more = f"{len(rows) - answers} more answers: --show {len(rows)}, --html FILE or --output DIR"
+        console.print(f"\n{more}", markup=False)
 
 
-def side_by_side(console: Console, row: dict[str, Any], sides: list[str]) -> None:
+def side_by_side(console: Console, row: dict[str, Any], sides: list[str], name: str) -> None:
     """One question, the answer that was wanted, and what each side said."""
-    console.print(
-        Text.assemble((f"row {row['row']}  ", "bold"), row["messages"][-1]["content"].strip()), overflow="fold"
-    )
-    console.print(Text.assemble(("wanted  ", "dim"), row["wanted"]), overflow="fold")
+    above = Table.grid(padding=(0, 2, 0, 0))
+    above.add_column(style="bold", no_wrap=True)
+    above.add_column(overflow="fold")  # Chinese has no spaces to wrap at
+    above.add_row(name, Text(visible(row["messages"][-1]["content"].strip())))
+    above.add_row("wanted", Text(visible(row["wanted"])))
+    console.print(above)
     table = Table(*sides, expand=True)
     for column in table.columns:
-        column.ratio, column.overflow = 1, "fold"  # Chinese has no spaces to wrap at
+        column.ratio, column.overflow = 1, "fold"
     table.add_row(*(answer(row[side]) for side in sides))
     console.print(table)
 
 
 def answer(said: dict[str, Any], most: int = 600) -> Text:
     """The text, shortened, and what is to be noticed of it."""
-    text = said["text"].strip()
+    text = visible(said["text"].strip())  # what a model says must not steer the terminal
     out = Text(text if len(text) <= most else text[:most].rstrip() + " …")
-    marks = ["" if said["finish"] == "stop" else f"did not stop ({said['finish']})"]
-    if said.get("shared", {}).get("recited"):
-        marks.append(f"recites row {said['shared']['row']}")
-    marks = [mark for mark in marks if mark]
+    marks = lines.marks(said)
     if marks:
         out.append(("\n" if out else "") + "; ".join(marks), "yellow")
     return out

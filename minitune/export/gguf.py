@@ -55,6 +55,11 @@ def write(file: Path, source: Source, beside: Beside, hub: dict[str, Any], repor
     report.architecture, report.dtype = f"GGUF {writer.arch}", quant
     tensors = _layout(source, quant, report)
     extra = list(_rope_factors(source.decoder.config))
+    if source.decoder.config.rope().kind == "longrope":
+        original = source.decoder.config.rope().original_max
+        report.notes.append(
+            f"LongRoPE: llama.cpp takes the long factors for any text once its context is set above {original} tokens"
+        )
     for name, shape, kind, bytes_ in tensors:
         writer.add_tensor_info(name, shape, _numpy_float32(), bytes_, raw_dtype=kind)
     for name, factors in extra:
@@ -70,12 +75,12 @@ def write(file: Path, source: Source, beside: Beside, hub: dict[str, Any], repor
             writer.write_padding(out, out.tell())
             start = out.tell()
             for piece in _pieces(source, hub_of[name]):
-                _encode(piece, kind).tofile(out)
+                out.write(memoryview(_encode(piece, kind)).cast("B"))  # numpy's tofile hides a full disk's number
             assert out.tell() - start == bytes_, name
             report.merged += source.is_merged(hub_of[name])
         for _, factors in extra:
             writer.write_padding(out, out.tell())
-            factors.tofile(out)
+            out.write(factors.tobytes())
         writer.write_padding(out, out.tell())
     finally:
         writer.close()
@@ -222,12 +227,17 @@ def _specials(writer: GGUFWriter, tokenizer: Any, stops: list[int], report: Repo
 
 
 def _adds_bos(tokenizer: Any, template: Any) -> bool:
-    """Whether llama.cpp should put BOS in front: where a prompt was trained so, whatever the tokenizer's own habit."""
+    """Whether llama.cpp should put BOS in front: as the tokenizer does, if a prompt was trained so; and as MiniCPM's
+    template was set. (llama.cpp drops the BOS that a chat template writes where it adds one itself.)"""
     from minitune.data.forms import Message
 
     bos = getattr(tokenizer, "bos_token_id", None)
-    ids = tokenizer("a")["input_ids"] if template is None else template.prompt_ids([Message("user", "a")])
-    return bos is not None and bool(ids) and ids[0] == bos
+    if bos is None:
+        return False
+    if template is not None and template.config.name == "minicpm":
+        return template.config.bos
+    habit = tokenizer("a")["input_ids"][:1] == [bos]
+    return habit and (template is None or template.prompt_ids([Message("user", "a")])[:1] == [bos])
 
 
 # The tensors

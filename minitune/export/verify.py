@@ -6,6 +6,7 @@ own readers, and computed in float32 too, so that what differs is what is stored
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,10 +21,16 @@ from minitune.export.stream import Stored, chunks, hidden, logits
 
 if TYPE_CHECKING:
     from minitune.data.template import Template
+    from minitune.model.decoder import DecoderConfig
 
 POSITIONS = 256  # compared at a time: two tensors of that by the vocabulary
 MOST = 2048  # tokens compared at most
 DECIDED = 0.1  # of probability between the two likeliest tokens, from which another choice is one that counts
+NUMBERS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "embedding_multiplier"),
+    *("residual_multiplier", "attention_scale", "logits_scaling", "max_position_embeddings"),
+)
 FEW = 20  # decided tokens, below which their share says nothing
 
 
@@ -87,7 +94,8 @@ class Comparison:
         most = f"{limits.largest:g} of the largest logit, " if limits.largest is not None else ""
         raise UserError(
             f"what was written is not the model that was trained: {self.line()}; at {kind} the bounds are {most}"
-            f"{limits.kl:g} nats, {limits.agreement:.0%} where the model is decided ({self.decided:.1%}); nothing is kept"
+            f"{limits.kl:g} nats, {limits.agreement:.0%} where the model is decided (it is {self.decided:.1%}); "
+            "nothing is kept"
         )
 
 
@@ -102,7 +110,7 @@ class Differences:
 
     def add(self, name: str, weight: Tensor, meant: Tensor) -> None:
         difference = ((weight - meant).norm() / meant.float().norm().clamp(min=1e-30)).item()
-        if not difference <= self.worst:
+        if self.worst == self.worst and not difference <= self.worst:  # what is not a number stays the worst
             self.worst, self.where = difference, name
 
 
@@ -111,8 +119,7 @@ def compare(
     source: Source, trained_TH: Tensor, written: Stored, documents: Sequence[Sequence[int]], prompts: str
 ) -> Comparison:
     """Runs the written model over the documents whose hidden states in the trained one are `trained_TH`."""
-    if written.decoder.config.vocab_size != source.decoder.config.vocab_size:
-        raise UserError("what was written has another vocabulary than the model that was trained; nothing is kept")
+    same_numbers(source.decoder.config, written.decoder.config)
     differences = Differences(source)
     written_TH = hidden(written, documents, see=differences.see)
     for name in (EMBED, HEAD):
@@ -125,17 +132,30 @@ def compare(
         totals = _joined(totals, _difference(ours, theirs))
     largest, top, kl, equal, decided, decided_equal = totals.tolist()
     count = len(trained_TH)
-    share = decided_equal / decided if decided >= FEW else 1.0
     return Comparison(
-        largest / max(top, 1e-30),
-        kl / count,
-        equal / count,
-        share,
-        count,
-        prompts,
-        differences.worst,
-        differences.where,
+        largest=largest / max(top, 1e-30),
+        kl=kl / count,
+        agreement=equal / count,
+        decided=decided_equal / decided if decided >= FEW else 1.0,
+        tokens=count,
+        prompts=prompts,
+        tensor=differences.worst,
+        where=differences.where,
     )
+
+
+def same_numbers(meant: DecoderConfig, written: DecoderConfig) -> None:
+    """UserError where a size, a scaling or the positions of the written config are not the model's."""
+    for name in NUMBERS:
+        one, other = getattr(meant, name), getattr(written, name)
+        if not math.isclose(one, other, rel_tol=1e-6):
+            raise UserError(
+                f"what was written is not the model that was trained: {name} is {other:g}, not {one:g}; nothing is kept"
+            )
+    at_T = torch.tensor([1, 7, 100])
+    tables = [config.rope()(at_T, torch.full_like(at_T, 101)) for config in (meant, written)]
+    if not all(torch.allclose(a, b, rtol=0, atol=1e-4) for a, b in zip(*tables, strict=True)):
+        raise UserError("what was written is not the model that was trained: other positions; nothing is kept")
 
 
 def _difference(p_TV: Tensor, q_TV: Tensor) -> Tensor:

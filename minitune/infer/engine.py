@@ -103,14 +103,13 @@ class Engine:
         """
         self._check(request)
         handle = Handle(self, request, on_piece)
-        count, sampling, rope = handle.prompt_tokens, request.sampling, self.decoder.rope
+        count, sampling = handle.prompt_tokens, request.sampling
         sequence = Sequence(
             number=-1,
             handle=handle,
             text=AnswerText(self.tokenizer, request.stop),
             ids=list(request.prompt_ids),
-            prefix=(request.adapter, rope.regime(count)),
-            alike=rope.regime_end(count),
+            prefix=(request.adapter, self.decoder.rope.regime(count)),
             adapter=self.adapters.get(request.adapter, -1),
             seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
             room=min(sampling.max_new_tokens, self.limit - count),

@@ -21,8 +21,7 @@ from minitune.infer.text import AnswerText
 class Sequence:
     """A request that waits or runs. ids: the prompt and the answer so far; computed: how many of them are in the cache.
 
-    prefix: what sequences must have in common to share pages; alike: how many of the tokens they can share then.
-    seed: of its draws. room: the answer's tokens at most.
+    prefix: what sequences must have in common to share pages. seed: of its draws. room: the answer's tokens at most.
     """
 
     number: int
@@ -30,7 +29,6 @@ class Sequence:
     text: AnswerText
     ids: list[int]
     prefix: Hashable
-    alike: int
     adapter: int
     seed: int
     room: int
@@ -109,12 +107,12 @@ class Scheduler:
 
     def share(self, sequence: Sequence) -> None:
         """Lets others read the pages that are full."""
-        self.pool.share(sequence.held, sequence.ids[: min(sequence.computed, sequence.alike)])
+        self.pool.share(sequence.held, sequence.ids[: sequence.computed])
 
     def release(self, sequence: Sequence) -> None:
         """Takes a running sequence out; its pages are kept for others while nobody needs their room."""
         self.running.remove(sequence)
-        self.pool.close(sequence.held, sequence.ids[: min(sequence.computed, sequence.alike)])
+        self.pool.close(sequence.held, sequence.ids[: sequence.computed])
         heapq.heappush(self._slots, sequence.slot)
         sequence.slot, sequence.chain, sequence.computed = -1, None, 0
 

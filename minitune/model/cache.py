@@ -168,7 +168,11 @@ class DecodeLayout:
         k_BKMD, v_BKMD = (t.transpose(1, 2) for t in self.cache.read(self.layer, table_BP))
         # the query heads of a key head as if they were places: keys are read once for all of them
         q_BKGD = q_BND.unflatten(1, (k_BKMD.shape[1], -1))
-        if q_BND.device.type == "cpu" and q_BKGD.shape[2] == 1:  # torch's 16-bit kernel for one query is very slow
-            q_BKGD, k_BKMD, v_BKMD, mask_B11M = (t.float() for t in (q_BKGD, k_BKMD, v_BKMD, mask_B11M))
+        groups = q_BKGD.shape[2]
+        if q_BND.device.type == "cpu":
+            if groups == 1 and q_BND.dtype != torch.float32:  # torch's 16-bit kernel for one query is very slow
+                q_BKGD, k_BKMD, v_BKMD, mask_B11M = (t.float() for t in (q_BKGD, k_BKMD, v_BKMD, mask_B11M))
+            if groups % 2:  # odd, a second thread's buffer would lie at an odd address, where MKL rounds otherwise
+                q_BKGD = torch.cat((q_BKGD, q_BKGD[:, :, -1:]), dim=2)
         out_BKGD = F.scaled_dot_product_attention(q_BKGD, k_BKMD, v_BKMD, attn_mask=mask_B11M, scale=scale)
-        return out_BKGD.flatten(1, 2).to(q_BND.dtype)
+        return out_BKGD[:, :, :groups].flatten(1, 2).to(q_BND.dtype)

@@ -200,7 +200,10 @@ def merge(model: Decoder, keep: bool = False) -> None:
     """Adds each adapter into its weight (sum in float32, one rounding) and takes it off.
 
     `keep=True` keeps what `unmerge` needs: the original rows and the adapter.
+    Raises ValueError for 4-bit weights, which can't hold the sum.
     """
+    if any(not isinstance(linear.weight, nn.Parameter) for linear in adapted(model)):
+        raise ValueError("an adapter can't be merged into 4-bit weights; serve it beside them")
     for linear in adapted(model):
         assert linear.lora is not None
         if keep:

@@ -23,6 +23,8 @@ ROWS = 8  # the batch that oneDNN is told to expect; it hardly matters
 def multiply(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
     """x · weightᵀ -> [T, O]."""
     if weight_OI.is_mkldnn:
+        if x_TI.shape[0] == 1:  # one row is summed in another order; two take no longer
+            return multiply(x_TI.expand(2, -1), weight_OI)[:1]
         return torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, None, "none", [], "")
     return F.linear(x_TI, weight_OI)
 
@@ -50,6 +52,6 @@ def pack(decoder: Decoder) -> None:
     if any(p.requires_grad for p in decoder.parameters()):
         return
     for linear in decoder.linears():
-        if isinstance(linear.weight, nn.Parameter):  # a quantised one is no parameter
+        if "weight" in linear._parameters:  # a quantised one forms its weight anew at each look
             linear.weight = nn.Parameter(packed(linear.weight), requires_grad=False)
     decoder.head_packed = packed(decoder.head_weight)

@@ -88,12 +88,8 @@ class Rope:
         return self.kind in ("dynamic", "longrope")
 
     def regime(self, length: int) -> int:
-        """Documents of one regime have the same angles at the same positions."""
+        """Prompts of one regime have the same angles at the same positions, and so have their continuations."""
         return int(self.kind == "longrope" and length > self.original_max)
-
-    def regime_end(self, length: int) -> int:
-        """The greatest length in the regime of `length`."""
-        return self.original_max if self.kind == "longrope" and length <= self.original_max else self.max_positions
 
     def _inverse_frequencies(self, length_T: Tensor | None, device: torch.device) -> Tensor:
         tables = self._frequencies(device)

@@ -70,7 +70,9 @@ class Steady(RichLive):
     def refresh(self) -> None:
         with self._lock:
             with contextlib.suppress(OSError, ValueError):  # the window itself: COLUMNS does not change with it
-                self.console.size = os.get_terminal_size(self.console.file.fileno())  # type: ignore[assignment]
+                size = os.get_terminal_size(self.console.file.fileno())
+                if all(size):  # 0 x 0 is a terminal that does not know
+                    self.console.size = size  # type: ignore[assignment]
             width, height = self.console.size
             block = self.draw(width, height)
             key: Any = (width, height, *(line.plain for line in block))

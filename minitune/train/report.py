@@ -124,7 +124,6 @@ class Report:
         self.view.samples(step, samples)
         if self.trackers:
             self.trackers.answers(step, samples)
-        self.pause()
 
     def _append(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
         path = self.folder / name

@@ -47,7 +47,7 @@ def check_same(folder: Path, state: dict[str, Any], config: TrainConfig, ready: 
             and was["per_device_train_batch_size"] * was["gradient_accumulation_steps"] == config.rows_per_step
         ):
             continue
-        if name == "model" and _same_model(str(before), config.model, state, now["base"]):
+        if name == "model" and _same_model(str(before), state, now["base"]):
             continue
         if name not in ROUNDING:
             raise UserError(f"{folder}: was trained with {name} {before}, now it is {value}")
@@ -59,6 +59,6 @@ def check_same(folder: Path, state: dict[str, Any], config: TrainConfig, ready: 
     return notes
 
 
-def _same_model(before: str, now: str, state: dict[str, Any], base: str) -> bool:
+def _same_model(before: str, state: dict[str, Any], base: str) -> bool:
     """Another spelling of one folder (./x, x, absolute), or a hub's name and the folder that it was loaded into."""
-    return os.path.realpath(before) == os.path.realpath(now) or state.get("base") == base
+    return state.get("base", os.path.realpath(before)) == base

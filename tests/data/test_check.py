@@ -189,6 +189,7 @@ def test_languages_follow_the_norm(tmp_path: Path) -> None:
     ):
         rows = [{"instruction": f"{questions}{i}", "output": f"{answers} {i}"} for i in range(30)]
         assert checked(write(tmp_path / "x.json", rows)).findings == []
+        assert checked(write(tmp_path / "x.json", [*rows, *plain_rows(60)])).findings == []
 
 
 @pytest.mark.parametrize(
@@ -274,6 +275,8 @@ def test_too_long(tmp_path: Path, tokenizer: Any) -> None:
             assert f"{sum(lengths[i - 1] - most for i in over):,} tokens" in found[kind].what()
         assert f"--max_length {max(lengths)}" in found[kind].mend()
         assert KINDS[kind].severity == ("error" if hurts else "warning")
+    whole = check(TrainConfig(data=str(path), template=MINICPM, max_length=max(lengths)), tokenizer, {}, "false")
+    assert not {"cut", "unlearnable"} & set(by_kind(whole)) and not whole.hurts
     assert report.lengths[0].values.tolist() == lengths
     assert report.lengths[1].values.tolist() == [sum(x != IGNORED for x in e.labels) for e in encoded]
 
@@ -314,8 +317,9 @@ def test_leaked_rows(tmp_path: Path) -> None:
     """Held-out rows that are learned from: word for word, nearly, or only their question."""
     rows = plain_rows(40)
     rows[7]["output"] = "这是一个足够长的回答，" + rows[7]["output"] * 3
+    apart = {"instruction": "别处的问题", "output": "别处的回答，和学的都不一样。" + sentence(random.Random(7), 60, 60)}
     held = [*plain_rows(3, seed=9), rows[4], rows[7] | {"output": rows[7]["output"][:-1] + "呀。"},
-            rows[9] | {"output": "完全不同的另一种说法"}]  # fmt: skip
+            rows[9] | {"output": "完全不同的另一种说法"}, apart, apart | {"output": apart["output"] + "啊"}]  # fmt: skip
     path, other = write(tmp_path / "x.json", rows), write(tmp_path / "held.jsonl", held)
     report = checked(path, eval_data=str(other), near="auto")
     found = by_kind(report)

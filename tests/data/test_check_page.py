@@ -156,6 +156,14 @@ def test_lines_fit(report: Report, width: int) -> None:
     assert len(titles) == 1 and ("characters a row" in titles[0]) == (width >= 72)
 
 
+@given(st.text(st.sampled_from("a你…"), max_size=20), st.integers(2, 12))
+def test_clipped(text: str, room: int) -> None:
+    """As much of the text as fits, by columns; a character that would not fit whole is left out."""
+    out = screen.clipped(text, room)
+    assert cell_len(out) <= room and (out == text) == (cell_len(text) <= room)
+    assert text.startswith(out.removesuffix("…").rstrip()) and cell_len(out) >= min(cell_len(text), room - 1)
+
+
 def test_colours(report: Report) -> None:
     """Colours in a terminal; with NO_COLOR none; without a terminal neither, and each sentence on one line."""
     assert re.search(r"\x1b\[1;31m *✗", seen(report, 80))

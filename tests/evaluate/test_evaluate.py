@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ from twins import hub_loss
 
 from minitune import TrainConfig, UserError, load_tokenizer, train
 from minitune.cli import main
+from minitune.data.records import Message
 from minitune.data.template import Template
-from minitune.evaluate import subject
+from minitune.evaluate import held_out, subject
 from minitune.evaluate.run import evaluate
 from minitune.evaluate.settings import EvaluateConfig
 from minitune.train.prepare import prepare
@@ -107,7 +110,7 @@ def test_answers_are_those_of_transformers(
     for side in ("base", "tuned"):
         model = theirs(config, side == "tuned")
         for row in found["rows"][:5]:
-            turns = [subject.records.Message(m["role"], m["content"]) for m in row["messages"]]
+            turns = [Message(m["role"], m["content"]) for m in row["messages"]]
             prompt = template.prompt_ids(turns)
             with torch.no_grad():
                 out = model.generate(
@@ -121,23 +124,51 @@ def test_answers_are_those_of_transformers(
         stops = [row[side]["finish"] == "stop" for row in found["rows"]]
         assert found[side]["stops"] == pytest.approx(sum(stops) / len(stops))
         assert found[side]["tokens"] == pytest.approx(sum(r[side]["tokens"] for r in found["rows"]) / len(stops))
+        echoes = [row[side]["text"].split() == row["messages"][-1]["content"].split() for row in found["rows"]]
+        assert found[side]["echoes"] == pytest.approx(sum(echoes) / len(stops))
         assert 0 <= found[side]["repetition"] <= 1 and 0 <= found[side]["recited"] <= 1
-    assert found["train_data"] == config.data
+    assert found["train_data"] == [config.data]
 
 
 def test_what_was_held_out_is_not_what_is_recited(
     runs: dict[str, TrainConfig], results: dict[str, dict[str, Any]]
 ) -> None:
     """Rows of the run's own file that it did not learn are no source of recitals."""
-    from minitune.evaluate.result import Learned
-
     config = EvaluateConfig(adapter=runs["lora"].output)
     found = subject.subject(config)
-    held = subject.held_out(subject.choose(config, found), prepare(runs["lora"]).template)
-    learned = Learned(held.file, "", held.learned, True)
-    answers = [row for row, _ in learned.answers()]
-    assert len(answers) == 45 and not set(answers) & set(held.numbers)
-    assert set(answers) | set(held.numbers) == set(range(1, 61))
+    held = held_out.read(held_out.choose(config, found), prepare(runs["lora"]).template)
+    learned = held_out.Learned.of(config, held, found, [])
+    assert learned is not None
+    places = [place for place, _ in learned.answers()]
+    assert len(places) == 45 and not set(places) & set(held.places)
+    assert set(places) | set(held.places) == {(runs["lora"].data, row) for row in range(1, 61)}
+
+
+def test_several_files_and_another_length(twin: Path, tmp_path: Path) -> None:
+    """The split is the run's own whatever --max_length is asked for here: its length decided what there was to split."""
+    files = []
+    for n, count in enumerate((20, 30)):
+        rows = json.loads(write_rows(tmp_path / f"{n}.json", count, 100 * n).read_text(encoding="utf-8"))
+        rows.insert(5, {"instruction": "你" * 90, "input": "", "output": "x"})  # nothing to learn within 64 tokens
+        files.append(tmp_path / f"{n}.json")
+        files[-1].write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    run = TrainConfig(
+        model=str(twin), data=",".join(map(str, files)), output="x", eval_fraction=0.3, max_length=64, max_samples=25, seed=9
+    )  # fmt: skip
+    ready = prepare(run)
+    found = subject.Subject([], run, str(tmp_path))
+    for length in (0, 128):
+        config = EvaluateConfig(max_length=length)
+        held = held_out.read(held_out.choose(config, found), ready.template)
+        assert [(list(r.input_ids), list(r.labels)) for r in held.rows] == [
+            (r.input_ids, r.labels) for r in ready.held_out
+        ]
+        assert [row for _, row in held.places] == ready.held_out.numbers.tolist()
+        assert {file for file, _ in held.places} == set(map(str, files))
+        assert all(ready.template.encode(c.messages).input_ids == r.input_ids for c, r in zip(held.conversations, held.rows, strict=True))  # fmt: skip
+        assert held.learned is not None and len(held.learned) == len(ready.learn)
+        learned = held_out.Learned.of(config, held, found, [])
+        assert learned is not None and {p for p, _ in learned.answers()} == held.learned
 
 
 def test_rows_that_were_learned_too_are_said(
@@ -151,7 +182,9 @@ def test_rows_that_were_learned_too_are_said(
     )
     config = EvaluateConfig(adapter=runs["lora"].output, data=str(leaky), train_data=str(data), max_new_tokens=2)
     found = evaluate(config, quiet=True)
-    assert found["answers"]["also_learned"] == [1, 3] and len(found["held_out"]["base"]["rows"]) == 3
+    assert [r["row"] for r in found["answers"]["also_learned"]] == [1, 3] and len(
+        found["held_out"]["base"]["rows"]
+    ) == 3
     same = EvaluateConfig(adapter=runs["lora"].output, data=str(leaky), train_data=str(leaky), max_new_tokens=2)
     assert evaluate(same, quiet=True)["answers"]["also_learned"] == []
 
@@ -217,7 +250,7 @@ def test_the_command(
     ]
     assert main(argv) == 0
     said = capsys.readouterr()
-    assert "held out by the run, 0.25 of it at seed 5" in said.err and "tuned:" in said.err
+    assert "held out by the run, 0.25 of them at seed 5" in said.err and "tuned:" in said.err
     kept = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
     answers = [json.loads(line) for line in (out / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
     before, after = (f"{kept['held_out'][side]['loss']:.4f}" for side in ("base", "tuned"))
@@ -287,3 +320,21 @@ def test_data_that_has_moved(runs: dict[str, TrainConfig], tmp_path: Path) -> No
     moved = subject.Subject(found.sides, found.run, found.run_folder)
     with pytest.raises(UserError, match=r"names gone\.json, which is not here; give --data"):
         subject.here("gone.json", moved)
+
+
+def test_what_is_not_finite_is_null_and_a_missing_package_is_a_note(
+    runs: dict[str, TrainConfig], data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One window has no standard error; without sacrebleu all but its scores is there, and a line says what to install."""
+    from minitune.evaluate import page
+
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    general = tmp_path / "short.txt"
+    general.write_text("abc def", encoding="utf-8")
+    config = EvaluateConfig(adapter=runs["lora"].output, general=str(general), answers=2, max_new_tokens=2)
+    found = evaluate(config, quiet=True)
+    assert math.isnan(found["general"]["standard_error"]) and "scores" not in found["answers"]["tuned"]
+    assert [note for note in found["notes"] if "minitune[eval]" in note] == found["notes"]
+    page.write_folder(str(tmp_path / "out"), found)
+    kept = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
+    assert kept["general"]["standard_error"] is None and kept["general"]["rise"] == found["general"]["rise"]

@@ -48,6 +48,8 @@ def test_a_text_begins_with_bos_where_the_tokenizer_says_so(golden: Any) -> None
     (window,) = general.windows([("", "你好 world")], tokenizer, 64)
     assert window.input_ids == tokenizer("你好 world")["input_ids"] and window.input_ids[0] == 1
     assert window.labels == [-100, *window.input_ids[1:]]
+    many = general.windows([("", "你好 world " * 30)], tokenizer, 10)
+    assert max(len(w.input_ids) for w in many) == 10 and all(w.input_ids[0] == 1 for w in many)
     spelled = general.windows([("", "a</s>b")], tokenizer, 64)[0]
     assert tokenizer.eos_token_id not in spelled.input_ids, "what a text spells is text"
 

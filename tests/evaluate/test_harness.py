@@ -6,6 +6,7 @@ import json
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -157,6 +158,26 @@ def test_rolling_and_texts_are_those_of_hf(models: tuple[Any, Any]) -> None:
     assert ours.generate_until(requests("generate_until", *asked)) == said
     with pytest.raises(UserError, match="generates 128 tokens"):
         ours.generate_until(requests("generate_until", ("x", {"until": [], "max_gen_toks": 128})))
+
+
+def test_a_text_ends_before_the_tasks_stop(models: tuple[Any, Any]) -> None:
+    """A stop that does come, in the middle of what the model says."""
+    ours, theirs = models
+    free = ours.generate_until(requests("generate_until", ("你好", {"until": [], "max_gen_toks": 20})))[0]
+    stop = next(c for c in free[3:] if c not in free[:3])
+    one = requests("generate_until", ("你好", {"until": [stop], "max_gen_toks": 20}))
+    with harness.quiet():
+        want = theirs.generate_until(one, disable_tqdm=True)
+    assert ours.generate_until(one) == want == [free[: free.index(stop)]] and want != [free]
+
+
+def test_one_bos(golden: Any) -> None:
+    """A tokenizer that begins a text with BOS does not begin one twice that spells it."""
+    tokenizer = load_tokenizer(golden("tokenizer-minicpm"))
+    own = SimpleNamespace(tokenizer=tokenizer, prefix_token_id=tokenizer.bos_token_id)
+    for text in ("你好", "<s>你好"):
+        ids = harness.MinituneLM.tok_encode(own, text)  # type: ignore[arg-type]
+        assert ids[0] == 1 and ids.count(1) == 1
 
 
 def test_one_token_choices_share_a_pass(models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from asking import all_free, alone, answer, ask, greedy, scores
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
+from twins import hub_twin
 
 from minitune.checkpoint.tokenizer import load_tokenizer
 from minitune.checkpoint.weights import load_model
@@ -88,8 +90,8 @@ def test_scores_are_those_without_a_cache(engine: Engine, tiny: Decoder, row: li
     engine._chunk = 5
     prompts = [row[:1], row[:8], (row * 4)[: PAGE + 1], (row * 5)[:100]]
     handles = answer_all(engine, [ask(p, 12, temperature=1.5, top_p=1, seed=4, logprobs=4) for p in prompts])
-    told = [[named for piece in engine.submit(handle.request) for named in piece.logprobs] for handle in handles]
-    for prompt, handle, tokens in zip(prompts, handles, told, strict=True):
+    named = [[named for piece in engine.submit(handle.request) for named in piece.logprobs] for handle in handles]
+    for prompt, handle, tokens in zip(prompts, handles, named, strict=True):
         expected = scores(tiny, prompt + handle.ids)[len(prompt) - 1 : -1].log_softmax(-1)
         assert [t.token for t in tokens] == handle.ids
         for one, line in zip(tokens, expected, strict=True):
@@ -103,18 +105,36 @@ def test_what_is_told_depends_on_the_request(engine: Engine, row: list[int]) -> 
     """None, the chosen token alone, and n, side by side in one batch."""
     handles = [engine.submit(ask(row[:8], 5, logprobs=n)) for n in (None, 0, 2)]
     engine.run_until_idle()
-    told = [[named for piece in handle for named in piece.logprobs] for handle in handles]
-    assert [len(t) for t in told] == [0, 5, 5]
-    assert [len(t.top) for t in told[1] + told[2]] == [0] * 5 + [2] * 5
-    assert all(t.logprob == t.top[0][1] and t.token == t.top[0][0] for t in told[2])  # greedy
+    named = [[named for piece in handle for named in piece.logprobs] for handle in handles]
+    assert [len(t) for t in named] == [0, 5, 5]
+    assert [len(t.top) for t in named[1] + named[2]] == [0] * 5 + [2] * 5
+    assert all(t.logprob == t.top[0][1] and t.token == t.top[0][0] for t in named[2])  # greedy
 
 
-def test_a_batch_changes_no_answer(engine: Engine) -> None:
-    """Sixty requests of all kinds through eight slots give what each gives alone in a fresh engine, seeds included."""
-    requests = mixed(1, 60)
-    together = answer(engine, *requests)
-    fresh = Engine(engine.decoder, engine.tokenizer, slots=1)
-    assert together == [answer(fresh, request)[0] for request in requests]
+def told(engine: Engine, requests: list[Request]) -> list[list[tuple[int, float]]]:
+    """Each request's tokens and their log-probabilities."""
+    handles = [engine.submit(request) for request in requests]
+    engine.run_until_idle()
+    return [[(named.token, named.logprob) for piece in handle for named in piece.logprobs] for handle in handles]
+
+
+@pytest.mark.parametrize("base, threads", [("tiny-2b", 1), ("tiny-1b", 1), ("tiny-1b", 2)])
+def test_a_batch_changes_no_answer(golden: Golden, tokenizer: PreTrainedTokenizerBase, base: str, threads: int) -> None:
+    """Requests of all kinds through eight slots give what each gives alone in a fresh engine, seeds included:
+    the same tokens, and with oneDNN the same log-probabilities to the last bit."""
+    decoder = load_model(golden(base), device="cpu", dtype="float32")
+    engine = Engine(decoder, tokenizer, slots=8)
+    requests = [replace(r, logprobs=0) for r in mixed(1, 30 if threads == 1 else 3)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = told(engine, requests)
+        alone_ = [told(Engine(decoder, tokenizer, slots=1), [request])[0] for request in requests]
+    finally:
+        torch.set_num_threads(before)
+    assert [[i for i, _ in t] for t in together] == [[i for i, _ in t] for t in alone_]
+    if decoder.head_packed is not None:
+        assert together == alone_
     assert all_free(engine) and engine.stats.preempted == 0
 
 
@@ -126,12 +146,16 @@ def small_pages(monkeypatch: pytest.MonkeyPatch) -> int:
     return 8
 
 
-@pytest.mark.parametrize("pages", [16, 20, 33])
+@pytest.mark.parametrize("pages", [12, 23])
 def test_running_out_of_pages_changes_no_answer(
-    tiny: Decoder, tokenizer: PreTrainedTokenizerBase, small_pages: int, pages: int
+    tiny: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    small_pages: int,
+    pages: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Eight slots and pages for two: the youngest are turned out and computed again; the texts are the same."""
-    requests = [ask(list(r.prompt_ids[:50]), 60, temperature=1, seed=n) for n, r in enumerate(mixed(2, 12))]
+    requests = [ask(list(r.prompt_ids[:40]), 40, temperature=1, seed=n) for n, r in enumerate(mixed(2, 9))]
     expected = answer(Engine(tiny, tokenizer, slots=1), *requests)
     small = Engine(tiny, tokenizer, slots=8, cache_tokens=pages * small_pages)
     ended: list[int] = []
@@ -139,10 +163,20 @@ def test_running_out_of_pages_changes_no_answer(
     for number, request in enumerate(requests):
         end: Any = lambda piece, number=number: ended.append(number) if piece is None else None  # noqa: E731
         handles.append(small.submit(request, end))
+    schedule, grow = small._schedule, small._schedule.grow
+
+    def watched() -> list[Any]:
+        before = [sequence.number for sequence in schedule.running]
+        out = grow()
+        assert sorted(s.number for s in out) == before[len(before) - len(out) :]  # the youngest, never the oldest
+        assert len(out) < len(before) or not before
+        return out
+
+    monkeypatch.setattr(schedule, "grow", watched)
     small.run_until_idle()
     assert [h.ids for h in handles] == expected
     assert small.stats.preempted > 0 and all_free(small)
-    assert ended.index(0) < 3 and ended[-1] > 8  # nobody waits for those that came later
+    assert ended.index(0) < 3 and ended[-1] > 5  # nobody waits for those that came later
 
 
 def test_a_seed_repeats_an_answer(engine: Engine, row: list[int]) -> None:
@@ -371,3 +405,26 @@ def test_a_decoder_that_learns_is_left_as_it_is(
     loss().backward()
     after = [p.grad for p in decoder.parameters() if p.grad is not None]
     assert before and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_rope_that_depends_on_the_length(
+    tokenizer: PreTrainedTokenizerBase, small_pages: int, tmp_path: Path
+) -> None:
+    """LongRoPE turns longer texts by other angles: their pages are not those of a shorter text that begins the same,
+    and a prompt read in chunks is turned by its whole length."""
+    hub_twin(tmp_path, rope="longrope")
+    decoder = load_model(tmp_path, device="cpu", dtype="float32")
+    assert decoder.rope.original_max == 32
+    engine = Engine(decoder, tokenizer, slots=4)
+    engine._chunk = 7
+    ids = [3 + i * i % 90 for i in range(60)]
+    reused = []
+    for length in (20, 28, 40, 50, 30):
+        request = ask(ids[:length], 10, logprobs=0)
+        handle = engine.submit(request)
+        first, *_ = [named for piece in handle for named in piece.logprobs]
+        expected = scores(decoder, ids[:length])[-1].log_softmax(-1)
+        assert abs(first.logprob - float(expected[first.token])) < 1e-4 and first.token == int(expected.argmax())
+        assert handle.ids == alone(Engine(decoder, tokenizer, slots=1), request).ids
+        reused.append(handle.reused_tokens)
+    assert reused == [0, 16, 0, 40, 24]  # whole pages of 8: nothing from the short texts for the long ones

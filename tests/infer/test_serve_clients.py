@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ pytest.importorskip("openai", reason="the extra dev is not installed")
 import openai
 from scripted import scripted_session
 from serving import Served, served
+
+from minitune.infer.http import answers
 
 SAID = "你好, abc. 今天𠮷 end"
 USER: Any = [{"role": "user", "content": "你好"}]
@@ -55,6 +58,19 @@ def test_stream(client: Any) -> None:
     assert chunks[-1].usage.completion_tokens > 0 and [c.choices[0].finish_reason for c in chunks[-2:-1]] == ["stop"]
     with client.chat.completions.stream(model="tiny", messages=USER) as events:
         assert events.get_final_completion().choices[0].message.content == SAID
+
+
+def test_a_silent_stream_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comments while nothing comes, so that no proxy closes the connection; the client passes over them."""
+    monkeypatch.setattr(answers, "PING_SECONDS", 0.05)
+    with served(scripted_session(tmp_path, lambda _: "ab", pace=0.2)) as slow:
+        asked = {"model": "tiny", "messages": USER, "stream": True}
+        with slow.http.stream("POST", "/v1/chat/completions", json=asked) as response:
+            lines = [line for line in response.iter_lines() if line]
+        assert lines.count(": waiting") >= 3
+        client = openai.OpenAI(base_url=f"{slow.url}/v1", api_key="none", max_retries=0)
+        pieces = client.chat.completions.create(**asked)
+        assert "".join(p.choices[0].delta.content or "" for p in pieces) == "ab"
 
 
 def test_completions_and_models(client: Any) -> None:

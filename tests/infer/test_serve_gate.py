@@ -62,6 +62,29 @@ def test_a_client_that_goes_away_frees_its_slot(tmp_path: Path, stream: str, que
         assert stats(server).running == stats(server).waiting == 0
 
 
+def test_a_client_that_leaves_while_its_prompt_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its request reaches the engine after it has gone, and is cancelled there."""
+    with served(slow(tmp_path)) as server:
+        reading, go_on = threading.Event(), threading.Event()
+        template = server.service.session.templates[""]  # type: ignore[union-attr]
+        prompt_ids = template.prompt_ids
+
+        def waits(turns: Any) -> list[int]:
+            reading.set()
+            assert go_on.wait(10)
+            return prompt_ids(turns)
+
+        monkeypatch.setattr(template, "prompt_ids", waits)
+        body = '{"model": "tiny", "messages": [{"role": "user", "content": "a"}], "stream": true}'
+        leaving = open_request(server, body)
+        assert reading.wait(10)
+        leaving.close()
+        until(lambda: server.service.gate.inside == 0)
+        assert stats(server).requests == 0
+        go_on.set()
+        until(lambda: stats(server).requests == 1 and stats(server).cancelled == 1)
+
+
 def test_a_client_that_stops_reading_holds_no_slot(tmp_path: Path) -> None:
     """A stream that nobody reads fills the socket; its answer ends all the same, and the slot is free."""
     with served(scripted_session(tmp_path, lambda _: "今天" * 900, slots=1)) as server:
@@ -206,5 +229,5 @@ def test_what_a_browser_is_told(tmp_path: Path) -> None:
             assert answer.status_code == 200 and answer.headers["content-type"].startswith(types[name.split(".")[-1]])
         again = server.http.get("/page/app.js", headers={"If-None-Match": script.headers["etag"]})
         assert again.status_code == 304 and script.headers["cache-control"] == "no-cache"
-        assert server.http.head("/").status_code == 200
+        assert server.http.head("/").status_code == server.http.head("/health").status_code == 200
         assert "no-store" in server.chat().headers["cache-control"]

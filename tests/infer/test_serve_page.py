@@ -166,6 +166,7 @@ def test_markdown_of_a_model_that_repeats_itself(open_page: Open) -> None:
                     if (!drawn.childNodes.length && text.trim()) throw new Error(sign);
                 }
             }
+            markdown(Array.from({ length: 2000 }, (_, i) => " ".repeat(2 * i) + "- a").join("\\n"));
             return performance.now() - start;
         }"""
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -69,10 +70,19 @@ def test_any_schedule_gives_the_formula(heads: tuple[int, int], dtype: torch.dty
     assert (cache.keys[1, 0] == 0).all()  # nobody wrote to the page of nobody
 
 
-def test_company_and_padding_change_no_bit() -> None:
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+@pytest.mark.parametrize("heads", [(6, 2), (4, 4), (8, 2)])
+def test_company_and_padding_change_no_bit(heads: tuple[int, int], threads: int) -> None:
     """A row alone, in a batch, and in one that is padded to more pages: equal to the last bit in float32."""
     torch.manual_seed(1)
-    heads = (6, 2)
     config = DecoderConfig(9, 64, 64, LAYERS, *heads, D)
     cache = PagedCache(config, 80, torch.device("cpu"), torch.float32)
     free = list(range(1, 81))
@@ -80,7 +90,6 @@ def test_company_and_padding_change_no_bit() -> None:
     table = torch.zeros(6, 12, dtype=torch.int64)
     for row, text in enumerate(texts):
         table[row, : len(text.pages)] = torch.tensor(text.pages)
-        PrefillLayout(cache, [Part(text.pages, 0, len(text.q))], torch.zeros(())).for_layer(0)
         attend(PrefillLayout(cache, [Part(text.pages, 0, len(text.q))], torch.zeros(())), [(text, 0, len(text.q))])
     last = torch.tensor([len(t.q) - 1 for t in texts])
     together = attend(

@@ -35,11 +35,12 @@ def test_the_product_and_the_weight_are_the_same(dtype: torch.dtype, shape: tupl
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_company_changes_no_bit(dtype: torch.dtype) -> None:
-    """A row of a product is the same to the last bit in every batch; with the plain weight it need not be."""
+@pytest.mark.parametrize("shape", [(960, 576), (576, 1536), (1200, 5760)])
+def test_company_changes_no_bit(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """A row of a product is the same to the last bit in every batch, one row alone included."""
     torch.manual_seed(1)
-    weight = packed(torch.randn(960, 576).to(dtype))
-    x = torch.randn(200, 576).to(dtype)
+    weight = packed(torch.randn(shape).to(dtype))
+    x = torch.randn(200, shape[1]).to(dtype)
     whole = multiply(x, weight)
     for rows in (1, 2, 3, 7, 8, 16, 33, 64, 128):
         for start in (0, 5, 200 - rows):

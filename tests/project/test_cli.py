@@ -99,9 +99,7 @@ BAD_FILES: dict[str, tuple[str, bytes | None, tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("command", ["train", "check", "preview"])
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_bad_data(
-    refused: Callable[..., str], run: Run, model: Path, tmp_path: Path, name: str, command: str
-) -> None:
+def test_bad_data(refused: Callable[..., str], run: Run, model: Path, tmp_path: Path, name: str, command: str) -> None:
     """Each command that reads conversations says the same of the same file; check goes on where some rows are good."""
     file, content, words = BAD_FILES[name]
     path = tmp_path / "in" / file

@@ -526,8 +526,15 @@ def test_several_files_and_a_part_of_them(run: Run, model: Path, tmp_path: Path)
     names = f"{one}, {tmp_path / 'two.json'}"
     code, _, err = run(*base, "--data", names, "--max_samples", 4, "--output", tmp_path / "a")
     assert code == 0 and "one.json: its first 4 rows" in err and "held out: 3 of 8 rows" in err, err
-    assert run(*base, "--data", tmp_path / "both.json", "--output", tmp_path / "b")[0] == 0
-    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    code, _, plain = run(*base, "--data", tmp_path / "both.json", "--output", tmp_path / "b")
+    assert code == 0 and weights(tmp_path / "a") == weights(tmp_path / "b")
+    totals = [
+        re.findall(r" 8 rows \(alpaca\), [\d,]+ tokens, [\d,]+ learned, longest \d+", said) for said in (err, plain)
+    ]
+    assert len(totals[0]) == 1 and totals[0] == totals[1]
+    # the record names the part, so that `evaluate` finds the same rows
+    record = read_yaml(tmp_path / "a" / "run.yaml")
+    assert (record["eval_fraction"], record["eval_rows"]) == (3 / 8, 0)
     # a comma in a name is no list where there is such a file; a file of a list that is missing is named
     two = write_rows(tmp_path / "two, b.json", 6)
     assert run(*base, "--data", two, "--output", tmp_path / "c")[0] == 0

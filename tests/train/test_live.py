@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -18,12 +19,14 @@ from typing import Any
 
 import pytest
 from rich.cells import cell_len
+from rich.console import Console, ConsoleDimensions
+from rich.text import Text
 from runs import argv_of, in_terminal, rows_of, with_
 
 from minitune import TrainConfig, train
 from minitune.cli import main
 from minitune.train import chart, picture, view
-from minitune.train.live import Live
+from minitune.train.live import Live, Steady
 from minitune.train.view import About, Lines, clock, one_line
 from minitune.train.watch import Sample
 
@@ -141,6 +144,24 @@ def test_at_eighty_columns() -> None:
     assert live.lines(80, 24)[0].plain.endswith("stopping; Ctrl-C again: at once")
 
 
+def test_where_a_narrower_window_has_wrapped_the_block() -> None:
+    """Terminals wrap what is wider than a new width: the cursor goes up by the rows that the old lines take now."""
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=80, height=30)
+    old, new = [Text("x" * n) for n in (80, 79, 0, 31, 30, 61)], [Text("y")] * 2
+    live = Steady(lambda width, height: old if width == 80 else new, console, auto_refresh=False, redirect_stderr=False)
+    live.start(refresh=True)
+    for width, block in ((80, old), (30, old), (30, new), (90, new)):
+        out.seek(0), out.truncate()
+        console.size = ConsoleDimensions(width, 30)
+        live.key = ()
+        live.refresh()
+        rows = sum(max(1, -(-len(line) // width)) for line in block)
+        assert out.getvalue().count("\x1b[1A") == rows - 1, (width, rows)
+        assert out.getvalue().startswith("\x1b[?2026h") and out.getvalue().endswith("\x1b[?2026l")
+    live.stop()
+
+
 def test_a_long_run_stays_cheap() -> None:
     """A hundred thousand losses are kept as at most two thousand points, and the curve is still theirs."""
     live = Live(About(100_000, 1, "x"))
@@ -212,7 +233,7 @@ def test_a_run_in_a_terminal(config: TrainConfig, processes: Any, terminal: Term
     """The block is redrawn in place, survives a narrower and a wider window without remains, and the last one stays
     above the last lines."""
     config = with_(config, eval_fraction=0.2, logging_steps=1)
-    process = processes.Process(target=in_terminal, args=(argv_of(config), os.ttyname(terminal.slave), {}, 0.4))
+    process = processes.Process(target=in_terminal, args=(argv_of(config), os.ttyname(terminal.slave), {}, 0.8))
     process.start()
     screen = terminal.wait(lambda s: re.search(r" [2-9]/\d+ ", s) and "GiB" in s)
     assert len(re.findall("^minitune ", screen, re.M)) == 1 and screen.count("loss  ") == 1

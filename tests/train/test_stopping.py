@@ -131,15 +131,17 @@ def test_the_result_has_the_best_loss(
     assert held_out_loss(decoder, batches) == pytest.approx(evals[best], rel=1e-6)
 
 
-@pytest.mark.parametrize("at", [3, 7])
-def test_patience_survives_a_stop(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+@pytest.mark.parametrize("behind", [-1, 2, 4])
+def test_patience_survives_a_stop(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, behind: int) -> None:
     """Interrupted and resumed, an early-stopped run ends at the same step, with the same bits and the same best."""
     config = with_(
         config, eval_fraction=0.1, eval_steps=1, learning_rate=0.3, lr_scheduler_type="constant", num_train_epochs=4,
         early_stopping_patience=5, load_best_model_at_end=True, save_total_limit=1,
     )  # fmt: skip
     whole = train(config, quiet=True)
-    assert whole["stopped_early"] and whole["best_step"] < whole["steps"] and whole["steps"] > at
+    assert whole["stopped_early"] and whole["best_step"] < whole["steps"]
+    at = whole["best_step"] + behind  # before the best, and while patience runs out
+    assert 0 < at < whole["steps"]
     other = with_(config, output=f"{config.output}-stopped")
     interrupted_at(monkeypatch, at)
     with pytest.raises(Stopped):
@@ -270,7 +272,7 @@ def test_the_terminal_is_left_as_it_was(config: TrainConfig, processes: Any, how
         changes["learning_rate"] = 1e30
     master, slave = os.openpty()
     argv = [*argv_of(config, **changes), "--logging_steps=1"]
-    process = processes.Process(target=in_terminal, args=(argv, os.ttyname(slave), {}, 0.4 * (how == "twice")))
+    process = processes.Process(target=in_terminal, args=(argv, os.ttyname(slave), {}, 2.0 * (how == "twice")))
     process.start()
     os.set_blocking(master, False)
     out, pressed = b"", 0
@@ -300,7 +302,7 @@ def test_the_terminal_is_left_as_it_was(config: TrainConfig, processes: Any, how
         "error": (1, "minitune: step 2: the loss or a gradient is not finite"),
     }[how]
     assert process.exitcode == code, text[-3000:]
-    assert f"\n{line}" in text.replace("\x1b[?25h", "")
+    assert f"\n{line}" in text.replace("\x1b[?25h", ""), text[-700:]
 
 
 # Memory

@@ -34,7 +34,7 @@ def create_app(service: Service) -> FastAPI:
             expose_headers=["Retry-After"],
         )
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         """200 when answers can be had, 503 before and after."""
         alive = service.phase == READY

@@ -104,6 +104,7 @@ function codeBlock(language, text) {
 const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([\w+#.-]*)\s*$/;
 const ITEM = /^( *)([-*+]|\d{1,9}[.)])\s+(.*)$/;
 const HEADING = /^ {0,3}(#{1,6})\s+(.+?)\s*#*$/;
+const DEEPEST = 8;  // quotes in quotes, lists in lists: a model that repeats itself must not exhaust the stack
 const RULE = /^ {0,3}([-*_])(?:\s*\1){2,}\s*$/;
 
 function starts(line) {
@@ -111,7 +112,7 @@ function starts(line) {
 }
 
 /** Items at one depth; deeper ones become lists inside. Returns the list and the line behind it. */
-function list(source, from) {
+function list(source, from, depth) {
   const [, indent, mark] = ITEM.exec(source[from]);
   const ordered = /\d/.test(mark);
   const node = element(ordered ? "ol" : "ul");
@@ -119,8 +120,8 @@ function list(source, from) {
   let i = from;
   while (i < source.length) {
     const found = ITEM.exec(source[i]);
-    if (found && found[1].length > indent.length + 1 && node.lastChild) {
-      const [inner, next] = list(source, i);
+    if (found && found[1].length > indent.length + 1 && node.lastChild && depth < DEEPEST) {
+      const [inner, next] = list(source, i, depth + 1);
       node.lastChild.append(inner);
       i = next;
     } else if (found && found[1].length >= indent.length && /\d/.test(found[2]) === ordered) {
@@ -138,7 +139,7 @@ function list(source, from) {
   return [node, i];
 }
 
-export function markdown(text) {
+export function markdown(text, depth = 0) {
   const source = text.split("\n");
   const out = document.createDocumentFragment();
   for (let i = 0; i < source.length; ) {
@@ -158,13 +159,14 @@ export function markdown(text) {
     } else if ((found = HEADING.exec(line))) {
       out.append(element(`h${Math.min(found[1].length + 2, 6)}`, inline(found[2])));
       i += 1;
-    } else if (/^ {0,3}>/.test(line)) {
+    } else if (depth < DEEPEST && /^ {0,3}>/.test(line)) {
       let end = i;
       while (end < source.length && /^ {0,3}>/.test(source[end])) end += 1;
-      out.append(element("blockquote", [markdown(source.slice(i, end).map((l) => l.replace(/^ {0,3}> ?/, "")).join("\n"))]));
+      const inner = source.slice(i, end).map((text) => text.replace(/^ {0,3}> ?/, "")).join("\n");
+      out.append(element("blockquote", [markdown(inner, depth + 1)]));
       i = end;
     } else if (ITEM.test(line)) {
-      const [node, next] = list(source, i);
+      const [node, next] = list(source, i, depth);
       out.append(node);
       i = next;
     } else {
