@@ -297,18 +297,21 @@ def test_prompts_that_begin_alike_and_come_together_are_read_once(engine: Engine
     assert [h.ids for h in handles] == answer(fresh, *(ask(long, 4, temperature=1, seed=n) for n in range(4)))
 
 
-def test_a_long_prompt_does_not_stall_what_runs(engine: Engine, row: list[int]) -> None:
-    """A stream gets its token each step while another's prompt is read in chunks."""
+def test_long_prompts_do_not_stall_what_runs(engine: Engine, row: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream gets its token each step while two others' prompts are read, a chunk in all between two tokens."""
     engine._chunk = 10
+    lengths: list[int] = []
+    hidden = engine.decoder.hidden
+    monkeypatch.setattr(engine.decoder, "hidden", lambda ids, *rest: lengths.append(ids.numel()) or hidden(ids, *rest))
     stream = engine.submit(ask(row[:3], 60))
     engine.step()
-    long = engine.submit(ask((row * 5)[:100], 4))
-    for step in range(10):
-        assert not long.ids
+    longs = [engine.submit(ask([n, *(row * 5)[:69]], 4)) for n in (7, 8)]
+    for step in range(14):
+        assert not longs[1].ids and not (longs[0].ids and step < 7)
         before = len(stream.ids)
         engine.step()
         assert len(stream.ids) == before + 1, step
-    assert long.ids
+    assert longs[0].finish and longs[1].ids and max(lengths) == 10
     engine.run_until_idle()
     assert stream.ids == greedy(engine.decoder, row[:3], 60)
 
