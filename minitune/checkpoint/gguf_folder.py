@@ -37,7 +37,8 @@ def describe(path: str | Path, folder: Path) -> GgufFile:
 def folder_of(path: Path) -> Path:
     """A hub folder that reads its weights from the GGUF file `path` in place: made once, in the cache.
 
-    The file is known by its place, size and time of change. Raises UserError where it or the cache is no good.
+    The file is known by its place, size and time of change; folders of files that are gone are taken away.
+    Raises UserError where it or the cache is no good.
     """
     path, stat = path.resolve(), path.stat()
     known = hashlib.sha256(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:12]
@@ -46,6 +47,9 @@ def folder_of(path: Path) -> Path:
         return folder
     try:
         cache_root().mkdir(parents=True, exist_ok=True)
+        for old in cache_root().glob("gguf-*"):
+            if (old / GGUF).is_symlink() and not (old / GGUF).exists():
+                shutil.rmtree(old, ignore_errors=True)
         temp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
             describe(path, temp)

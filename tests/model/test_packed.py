@@ -101,7 +101,9 @@ def test_a_neighbour_is_not_seen(tmp_path: Path) -> None:
     hub_twin(tmp_path, num_hidden_layers=2)
     decoder = load_decoder(tmp_path)
     data = rows(4, [7, 9, 6])
-    changed = [data[0], Encoded([*data[1].input_ids[:5], 3, 4, 5, 6], data[1].labels), data[2]]
+    ids = [*data[1].input_ids[:5], 3, 4, 5, 6]
+    labels = [-100 if label == -100 else token for token, label in zip(ids, data[1].labels, strict=True)]
+    changed = [data[0], Encoded(ids, labels), data[2]]
     for kernel in ("documents", "masked"):
         with torch.no_grad():
             one = run(decoder, make_pack(data, [0, 1, 2]), kernel, 0.0)[1]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import small
 import torch
-from twins import hub_twin, rewrite_config
+from twins import hub_twin
 
 import minitune
 from minitune.checkpoint.gguf import GgufFile
@@ -235,7 +235,9 @@ def test_there_and_back(tuned: tuple[Path, Path], tmp_path: Path, monkeypatch: p
         one = minitune.load_model(tmp_path / "x.gguf", device="cpu").logits(ids)
         other = minitune.load_model(tmp_path / "back", device="cpu").logits(ids)
     torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
-    rewrite_config(tmp_path / "back", architectures=["GraniteForCausalLM"])
+    (tmp_path / "x.gguf").rename(tmp_path / "y.gguf")
+    minitune.load_model(tmp_path / "y.gguf", device="cpu")
+    assert [f.name.split("-")[1] for f in (tmp_path / "cache").glob("gguf-*")] == ["y"], "what is gone is not kept"
 
 
 def test_help_names_the_words() -> None:
