@@ -12,6 +12,8 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Inductor imports setuptools, which asserts that nothing of the process has imported the stdlib's distutils before.
+os.environ["SETUPTOOLS_USE_DISTUTILS"] = "stdlib"
 if not os.path.exists("/dev/nvidia0"):  # without a card Triton kernels run in its interpreter
     os.environ["TRITON_INTERPRET"] = "1"
 
