@@ -10,14 +10,13 @@ Each side runs in a process of its own, so that its peak memory is its own. The 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import resource
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from sides import give, take
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "huanhuan.json"
 SIDES = ("trainer-float32", "minitune-float32", "trainer-bfloat16", "minitune-bfloat16")
@@ -132,7 +131,7 @@ def one(arguments: argparse.Namespace) -> None:
         "learned_per_second": sum(r.supervised for r in learn) / result["seconds"],
         "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }
-    print("RESULT " + json.dumps(result))
+    give(result)
 
 
 def main() -> None:
@@ -148,14 +147,7 @@ def main() -> None:
         return one(arguments)
     results: dict[str, dict] = {}
     for side in arguments.sides.split(","):
-        environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads)}
-        command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
-        run = subprocess.run(command, capture_output=True, text=True, env=environment)
-        lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
-        if not lines:
-            sys.exit(f"{side} failed:\n{run.stderr[-2000:]}")
-        results[side] = json.loads(lines[0].removeprefix("RESULT "))
-        print(side, json.dumps(results[side]), flush=True)
+        results[side] = take(side, arguments.threads) or sys.exit(1)
     first = next(iter(results.values()))
     print("| side | tok/s | learned tok/s | against the first | held-out loss | peak GiB |\n|---|---|---|---|---|---|")
     for side, r in results.items():

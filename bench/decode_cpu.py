@@ -11,12 +11,11 @@ prompt, and how much faster than the first side that is, by the clock and by the
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
+
+from sides import give, take
 
 SIDES = ("transformers-float32", "minitune-float32", "transformers-bfloat16", "minitune-bfloat16")
 
@@ -90,7 +89,7 @@ def one(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     side, dtype = arguments.side.split("-")
     result = (minitune_side if side == "minitune" else transformers_side)(arguments, dtype)
-    print("RESULT " + json.dumps(result))
+    give(result)
 
 
 def main() -> None:
@@ -108,14 +107,7 @@ def main() -> None:
     best: dict[str, dict[str, float]] = {}
     for _ in range(arguments.repeats):
         for side in arguments.sides.split(","):
-            environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads)}
-            command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
-            run = subprocess.run(command, capture_output=True, text=True, env=environment)
-            lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
-            if not lines:
-                sys.exit(f"{side} failed:\n{run.stderr[-2000:]}")
-            result = json.loads(lines[0].removeprefix("RESULT "))
-            print(side, json.dumps(result), flush=True)
+            result = take(side, arguments.threads) or sys.exit(1)
             held = best.setdefault(side, result)
             best[side] = {name: min(value, held[name]) for name, value in result.items()}
     first = next(iter(best.values()))

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sides import give, take
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = ROOT.parent / "shared" / "bench" / "huanhuan_lengths.json"
@@ -222,14 +223,10 @@ def main() -> None:
     if arguments.side:
         side = arguments.side
         found = trainer_side(arguments) if side == "trainer" else our_side(arguments, side)
-        print(json.dumps(found))
+        give(found)
         return
     for side in arguments.sides.split(","):
-        done = subprocess.run(
-            [sys.executable, __file__, *sys.argv[1:], "--side", side], stdout=subprocess.PIPE, text=True
-        )
-        last = done.stdout.strip().splitlines()[-1:] if done.returncode == 0 else []
-        print(side, last[0] if last else f"failed ({done.returncode})", flush=True)
+        take(side, quiet=False)
 
 
 if __name__ == "__main__":

@@ -127,6 +127,17 @@ if AVAILABLE:
         return out
 
     @triton.jit
+    def _normed_back(
+        dx_ptr, a_ptr, drop_ptr, site_ptr, s, x_ptr, weight_ptr, t, ok, c,
+        H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, DROP: tl.constexpr,
+    ):  # fmt: skip
+        """(the gradient behind the norm's division, the norm's input) at these [t, c], float32."""
+        g = _through_lora(dx_ptr, a_ptr, drop_ptr, site_ptr, s, t, ok, c, H, R, P, DROP)
+        g *= tl.load(weight_ptr + c, mask=c < H, other=0.0).to(tl.float32)[None, :]
+        x = tl.load(x_ptr + t[:, None] * H + c, mask=ok[:, None] & (c < H)[None, :], other=0.0)
+        return g, x.to(tl.float32)
+
+    @triton.jit
     def _norm_back(
         d_ptr, dx_ptr, a_ptr, drop_ptr, site_ptr, s, x_ptr, rstd_ptr, weight_ptr, tokens,
         H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
@@ -138,18 +149,13 @@ if AVAILABLE:
         along = tl.zeros((BT,), tl.float32)
         for at in range(0, H, BH):
             c = at + tl.arange(0, BH)
-            there = ok[:, None] & (c < H)[None, :]
-            g = _through_lora(dx_ptr, a_ptr, drop_ptr, site_ptr, s, t, ok, c, H, R, P, DROP)
-            g *= tl.load(weight_ptr + c, mask=c < H, other=0.0).to(tl.float32)[None, :]
-            x = tl.load(x_ptr + t[:, None] * H + c, mask=there, other=0.0).to(tl.float32)
+            g, x = _normed_back(dx_ptr, a_ptr, drop_ptr, site_ptr, s, x_ptr, weight_ptr, t, ok, c, H, R, P, DROP)
             along += tl.sum(g * x, 1)
         along *= rstd * rstd / H
         for at in range(0, H, BH):
             c = at + tl.arange(0, BH)
             there = ok[:, None] & (c < H)[None, :]
-            g = _through_lora(dx_ptr, a_ptr, drop_ptr, site_ptr, s, t, ok, c, H, R, P, DROP)
-            g *= tl.load(weight_ptr + c, mask=c < H, other=0.0).to(tl.float32)[None, :]
-            x = tl.load(x_ptr + t[:, None] * H + c, mask=there, other=0.0).to(tl.float32)
+            g, x = _normed_back(dx_ptr, a_ptr, drop_ptr, site_ptr, s, x_ptr, weight_ptr, t, ok, c, H, R, P, DROP)
             d = tl.load(d_ptr + t[:, None] * H + c, mask=there, other=0.0).to(tl.float32)
             d += rstd[:, None] * (g - x * along[:, None])
             tl.store(d_ptr + t[:, None] * H + c, d.to(d_ptr.dtype.element_ty), mask=there)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from talker import write_rows, write_talker
+from talker import write_rows
 from twins import hub_twin
 
 from minitune import cli
@@ -22,36 +22,12 @@ from minitune.config import TrainConfig, build, read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module")
-def model(golden: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_talker(golden, tmp_path_factory.mktemp("talker"))
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "rows.json", 6)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    import minitune.train.report
-
-    monkeypatch.setattr(minitune.train.report, "draw", lambda *_: None)
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """One command: (exit code, stdout, stderr)."""
-
-    def call(*argv: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = cli.main([str(a) for a in argv])
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from talker import write_rows, write_talker
+from talker import write_rows
 
 from minitune import cli
 from minitune.config import TrainConfig, UserError, build, flat_fields, read_yaml, to_yaml, version
@@ -22,6 +22,7 @@ from minitune.foreign.reading import Source, read
 
 KNOWN = flat_fields(TrainConfig)
 Run = Callable[..., tuple[int, str, str]]
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def reading(values: dict[str, Any], *later: dict[str, Any]) -> Any:
@@ -342,29 +343,6 @@ def test_dataset_info(tmp_path: Path) -> None:
 
 
 # End to end on a tiny model
-
-
-@pytest.fixture(scope="module")
-def model(golden: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_talker(golden, tmp_path_factory.mktemp("talker"))
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    import minitune.train.report
-
-    monkeypatch.setattr(minitune.train.report, "draw", lambda *_: None)
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*argv: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = cli.main([str(a) for a in argv])
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
 
 
 def weights(folder: Path) -> bytes:
