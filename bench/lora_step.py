@@ -1,6 +1,6 @@
 """A LoRA step on one card at MiniCPM-2B's shape: transformers' Trainer + PEFT and minitune, in one run.
 
-    python bench/lora_step.py [--sides trainer,plain,compiled,fused,recomputed] [--steps 60] [--tokens 0] [--profile]
+    python bench/lora_step.py [--sides trainer,plain,fused,recomputed] [--steps 60] [--tokens 0] [--profile]
 
 Random weights (the same for every side of ours), random ids in rows of the real data's lengths, the tutorial's
 settings: r 8, alpha 32, dropout 0.1 on q, k, v, o; 16 rows a step, or `--tokens` a step. Each side is a process of its
@@ -10,7 +10,6 @@ and the losses, which must agree between the sides.
 
 trainer     Trainer + PEFT over GraniteForCausalLM of this shape, batch 16, no packing (its best batch)
 plain       minitune's plain step
-compiled    its layers compiled by inductor, the step captured
 fused       its layers by hand (model.fused), the step captured
 recomputed  the same, two hidden states a layer kept
 """
@@ -32,7 +31,7 @@ from sides import give, take
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = ROOT.parent / "shared" / "bench" / "huanhuan_lengths.json"
-SIDES = ("trainer", "plain", "compiled", "fused", "recomputed")
+SIDES = ("trainer", "plain", "fused", "recomputed")
 
 
 def rows_of(arguments: argparse.Namespace) -> list[tuple[list[int], list[int]]]:
@@ -115,8 +114,6 @@ def our_side(arguments: argparse.Namespace, side: str) -> dict[str, Any]:
         sizes = [(b.tokens, len(b.packs[0].lengths), b.supervised) for b in batches]
         capacities = graph.capacities(sizes)
         samples = [next(b.packs[0] for b in batches if c.holds(b.packs[0])) for c in capacities]
-        if side == "compiled":
-            graph.compile_layers(plain)
         step = graph.capture(plain, capacities, samples, max(loader.lengths))
         fitting = [min(c.tokens for c in capacities if c.holds(b.packs[0])) for b in batches]
         padding = sum(fitting) / sum(b.tokens for b in batches) - 1

@@ -143,6 +143,7 @@ class TrainConfig:
     logging_steps: int = setting(
         10, "steps between lines on the screen; log.jsonl has every step", group="log and checkpoints"
     )
+    profile: bool = setting(False, "say at the end where each second went", group="log and checkpoints")
     save_steps: int = setting(0, "steps between checkpoints (0: at the end of each epoch)", group="log and checkpoints")
     save_total_limit: int = setting(2, "checkpoints kept", group="log and checkpoints")
     eval_steps: int = setting(0, "steps between held-out losses (0: at the end of each epoch)", group="held-out loss")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -239,8 +239,14 @@ def skeleton(shards: Shards) -> Decoder:
 
 
 @torch.no_grad()
-def load_decoder(folder: str | Path, dtype: str = "auto", device: str = "auto") -> Decoder:
-    """The decoder of a hub folder, its parameters frozen.
+def load_decoder(
+    folder: str | Path,
+    dtype: str = "auto",
+    device: str = "auto",
+    strips: Callable[[Decoder], dict[str, int]] | None = None,
+) -> Decoder:
+    """The decoder of a hub folder, its parameters frozen. strips: what to widen (`Decoder.allocate`), told from the
+    empty decoder.
 
     One tensor at a time is cast and copied from the mapped file into its fused place, so that neither a second
     copy of the model nor a float32 copy of a float32 checkpoint exists.
@@ -249,7 +255,7 @@ def load_decoder(folder: str | Path, dtype: str = "auto", device: str = "auto") 
     kind = choose_dtype(dtype, place)
     with Shards(folder) as shards:
         decoder = skeleton(shards)
-        decoder.allocate(place, kind)
+        decoder.allocate(place, kind, strips(decoder) if strips else None)
         wanted = hub_parameters(decoder)
         for name in shards.names():
             if name in wanted:

@@ -199,7 +199,6 @@ class Layer(nn.Module):
 
     def forward(self, x_TH: Tensor, cos: Tensor, sin: Tensor, layout: Any, dropout: Dropout | None) -> Tensor:
         y_TH = self.attn(self.attn_norm(x_TH), cos, sin, layout, dropout)
-        # not torch.add(…, alpha=…): inductor turns add over a product into addmm and loses alpha (2.11, 2.13)
         x_TH = x_TH + y_TH * self.residual_multiplier
         return x_TH + self.mlp(self.mlp_norm(x_TH), dropout) * self.residual_multiplier
 
@@ -207,8 +206,8 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """The model. Built empty; `checkpoint.weights.load_model` fills it.
 
-    `layer_forward(layer, x_TH, cos, sin, layout, dropout)` runs one layer: replaced by a compiled or a
-    recomputing version where the training step asks for it; `stack(x_TH, cos, sin, layout, dropout)`, where there is
+    `layer_forward(layer, x_TH, cos, sin, layout, dropout)` runs one layer: replaced by a recomputing
+    version where the training step asks for it; `stack(x_TH, cos, sin, layout, dropout)`, where there is
     one, runs all of them (`model.fused`). `strips`: see `widen`.
     """
 

@@ -6,8 +6,8 @@ them with the plain layer, in Triton's interpreter where there is no card.
 
 A linear's input lies in a buffer [T, X + R]: the input itself, and behind it the strip h = s · dropout(x) Aᵀ, so that
 one multiplication with the weight [Y, X + R], whose strip holds B, gives base and adapter together.
-Legend: T tokens, H hidden, X inputs, Y outputs, R the strip's width (0: no adapter), P rows of A, F FFN width,
-N query heads, D head width.
+Legend: T tokens, H hidden, X inputs, Y outputs, R the strip's width (0: no adapter), P rows of A (in tiles of Q),
+F FFN width, N query heads, D head width.
 """
 
 from __future__ import annotations
@@ -43,60 +43,39 @@ if AVAILABLE:
 
     @triton.jit
     def _norm_in(
-        x_ptr, y_ptr, gain, weight_ptr, a_ptr, drop_ptr, site_ptr, s, sum_ptr, out_ptr, rstd_ptr, tokens, eps,
-        H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, SUM: tl.constexpr, DROP: tl.constexpr,
-        BT: tl.constexpr, BH: tl.constexpr,
+        x_ptr, y_ptr, gain, weight_ptr, sum_ptr, out_ptr, rstd_ptr, eps,
+        H: tl.constexpr, R: tl.constexpr, SUM: tl.constexpr, BH: tl.constexpr,
     ):  # fmt: skip
-        """sum = x + gain · y; out = [norm(sum) | s · dropout(norm(sum)) Aᵀ]; rstd."""
-        t = tl.program_id(0) * BT + tl.arange(0, BT)
-        ok = t < tokens
+        """sum = x + gain · y; out = [norm(sum) | room for h]; rstd. A row a program, BH >= H."""
+        t = tl.program_id(0)
+        c = tl.arange(0, BH)
         kind = out_ptr.dtype.element_ty
-        square = tl.zeros((BT,), tl.float32)
-        for at in range(0, H, BH):
-            c = at + tl.arange(0, BH)
-            there = ok[:, None] & (c < H)[None, :]
-            x = tl.load(x_ptr + t[:, None] * H + c, mask=there, other=0.0)
-            if SUM:
-                y = tl.load(y_ptr + t[:, None] * H + c, mask=there, other=0.0)
-                x = (x.to(tl.float32) + gain * y.to(tl.float32)).to(kind)
-                tl.store(sum_ptr + t[:, None] * H + c, x, mask=there)
-            square += tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
-        rstd = 1.0 / tl.sqrt(square / H + eps)
-        tl.store(rstd_ptr + t, rstd, mask=ok)
-        if R > 0:
-            h = tl.zeros((BT, R), tl.float32)
-            p = tl.arange(0, R)
-        for at in range(0, H, BH):
-            c = at + tl.arange(0, BH)
-            there = ok[:, None] & (c < H)[None, :]
-            x = tl.load(x_ptr + t[:, None] * H + c, mask=there, other=0.0)
-            if SUM:  # summed once more: what was stored above may not be visible to all of the program's threads yet
-                y = tl.load(y_ptr + t[:, None] * H + c, mask=there, other=0.0)
-                x = (x.to(tl.float32) + gain * y.to(tl.float32)).to(kind)
-            weight = tl.load(weight_ptr + c, mask=c < H, other=0.0).to(kind)
-            n = (x.to(tl.float32) * rstd[:, None]).to(kind) * weight[None, :]
-            tl.store(out_ptr + t[:, None] * (H + R) + c, n, mask=there)
-            if R > 0:
-                if DROP:
-                    kept, scale = _kept(drop_ptr, site_ptr, t, ok, c)
-                    n = tl.where(kept, n * scale.to(kind), 0.0).to(kind)
-                a = tl.load(a_ptr + p[None, :] * H + c[:, None], mask=(p < P)[None, :] & (c < H)[:, None], other=0.0)
-                h += tl.dot(n, a, input_precision="ieee")
-        if R > 0:
-            tl.store(out_ptr + t[:, None] * (H + R) + H + p, (h * s).to(kind), mask=ok[:, None])
+        x = tl.load(x_ptr + t * H + c, mask=c < H, other=0.0)
+        if SUM:
+            y = tl.load(y_ptr + t * H + c, mask=c < H, other=0.0)
+            x = (x.to(tl.float32) + gain * y.to(tl.float32)).to(kind)
+            tl.store(sum_ptr + t * H + c, x, mask=c < H)
+        wide = x.to(tl.float32)
+        rstd = 1.0 / tl.sqrt(tl.sum(wide * wide, 0) / H + eps)
+        tl.store(rstd_ptr + t, rstd)
+        weight = tl.load(weight_ptr + c, mask=c < H, other=0.0).to(kind)
+        tl.store(out_ptr + t * (H + R) + c, (wide * rstd).to(kind) * weight, mask=c < H)
 
     @triton.jit
-    def _strip(
-        x_ptr, a_ptr, drop_ptr, site_ptr, s, tokens,
-        X: tl.constexpr, R: tl.constexpr, P: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
+    def _strip_parts(
+        x_ptr, a_ptr, drop_ptr, site_ptr, part_ptr, tokens, span,
+        X: tl.constexpr, R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, DROP: tl.constexpr,
+        BT: tl.constexpr, BH: tl.constexpr,
     ):  # fmt: skip
-        """Fills the strip of [x | h]: h = s · dropout(x) Aᵀ."""
+        """part [C, T, Q] float32: dropout(x) Aᵀ over the columns of one of C spans. Few rows would fill few of a
+        card's processors; the spans fill the rest."""
         t = tl.program_id(0) * BT + tl.arange(0, BT)
         ok = t < tokens
         kind = x_ptr.dtype.element_ty
-        p = tl.arange(0, R)
-        h = tl.zeros((BT, R), tl.float32)
-        for at in range(0, X, BH):
+        p = tl.arange(0, Q)
+        h = tl.zeros((BT, Q), tl.float32)
+        first = tl.program_id(1) * span
+        for at in range(first, first + span, BH):
             c = at + tl.arange(0, BH)
             x = tl.load(x_ptr + t[:, None] * (X + R) + c, mask=ok[:, None] & (c < X)[None, :], other=0.0)
             if DROP:
@@ -104,19 +83,34 @@ if AVAILABLE:
                 x = tl.where(kept, x * scale.to(kind), 0.0).to(kind)
             a = tl.load(a_ptr + p[None, :] * X + c[:, None], mask=(p < P)[None, :] & (c < X)[:, None], other=0.0)
             h += tl.dot(x, a, input_precision="ieee")
-        tl.store(x_ptr + t[:, None] * (X + R) + X + p, (h * s).to(kind), mask=ok[:, None])
+        place = (tl.program_id(1) * tokens + t)[:, None] * Q + p
+        tl.store(part_ptr + place, h, mask=ok[:, None])
+
+    @triton.jit
+    def _strip(
+        x_ptr, part_ptr, s, tokens, spans,
+        X: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, BT: tl.constexpr,
+    ):  # fmt: skip
+        """Fills the strip of [x | h]: h = s · the sum of the parts."""
+        t = tl.program_id(0) * BT + tl.arange(0, BT)
+        p = tl.arange(0, R)
+        h = tl.zeros((BT, R), tl.float32)
+        for i in range(spans):
+            place = (i * tokens + t)[:, None] * Q + p
+            h += tl.load(part_ptr + place, mask=(t < tokens)[:, None] & (p < Q)[None, :], other=0.0)
+        tl.store(x_ptr + t[:, None] * (X + R) + X + p, (h * s).to(x_ptr.dtype.element_ty), mask=(t < tokens)[:, None])
 
     @triton.jit
     def _through_lora(
         dx_ptr, a_ptr, drop_ptr, site_ptr, s, rows, ok, c,
-        X: tl.constexpr, R: tl.constexpr, P: tl.constexpr, DROP: tl.constexpr,
+        X: tl.constexpr, R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, DROP: tl.constexpr,
     ):  # fmt: skip
         """These [rows, c] of the gradient of x: dx of [dx | dh], and dropout's other side of s · dh A. Float32."""
         inside = ok[:, None] & (c < X)[None, :]
         d = tl.load(dx_ptr + rows[:, None] * (X + R) + c, mask=inside, other=0.0)
         out = d.to(tl.float32)
         if R > 0:
-            p = tl.arange(0, R)
+            p = tl.arange(0, Q)
             dh = tl.load(dx_ptr + rows[:, None] * (X + R) + X + p, mask=ok[:, None], other=0.0)
             a = tl.load(a_ptr + p[:, None] * X + c, mask=(p < P)[:, None] & (c < X)[None, :], other=0.0)
             part = tl.dot(dh, a, input_precision="ieee") * s
@@ -129,41 +123,53 @@ if AVAILABLE:
     @triton.jit
     def _normed_back(
         dx_ptr, a_ptr, drop_ptr, site_ptr, s, x_ptr, weight_ptr, t, ok, c,
-        H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, DROP: tl.constexpr,
+        H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, DROP: tl.constexpr,
     ):  # fmt: skip
         """(the gradient behind the norm's division, the norm's input) at these [t, c], float32."""
-        g = _through_lora(dx_ptr, a_ptr, drop_ptr, site_ptr, s, t, ok, c, H, R, P, DROP)
+        g = _through_lora(dx_ptr, a_ptr, drop_ptr, site_ptr, s, t, ok, c, H, R, P, Q, DROP)
         g *= tl.load(weight_ptr + c, mask=c < H, other=0.0).to(tl.float32)[None, :]
         x = tl.load(x_ptr + t[:, None] * H + c, mask=ok[:, None] & (c < H)[None, :], other=0.0)
         return g, x.to(tl.float32)
 
     @triton.jit
-    def _norm_back(
-        d_ptr, dx_ptr, a_ptr, drop_ptr, site_ptr, s, x_ptr, rstd_ptr, weight_ptr, tokens,
-        H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
+    def _along(
+        dx_ptr, a_ptr, drop_ptr, site_ptr, s, x_ptr, weight_ptr, part_ptr, tokens,
+        H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, DROP: tl.constexpr,
+        BT: tl.constexpr, BH: tl.constexpr,
     ):  # fmt: skip
-        """d += the gradient of RMSNorm's input: d [T, H] is the residual's own gradient, changed in place."""
+        """part [H / BH, T]: over a block of columns, the product of the gradient behind the norm with its input."""
+        t = tl.program_id(0) * BT + tl.arange(0, BT)
+        ok = t < tokens
+        c = tl.program_id(1) * BH + tl.arange(0, BH)
+        g, x = _normed_back(dx_ptr, a_ptr, drop_ptr, site_ptr, s, x_ptr, weight_ptr, t, ok, c, H, R, P, Q, DROP)
+        tl.store(part_ptr + tl.program_id(1) * tokens + t, tl.sum(g * x, 1), mask=ok)
+
+    @triton.jit
+    def _norm_back(
+        d_ptr, dx_ptr, a_ptr, drop_ptr, site_ptr, s, x_ptr, rstd_ptr, weight_ptr, part_ptr, tokens,
+        H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, DROP: tl.constexpr,
+        BT: tl.constexpr, BH: tl.constexpr,
+    ):  # fmt: skip
+        """d += the gradient of RMSNorm's input: d [T, H] is the residual's own gradient, changed in place. part: what
+        `_along` gave."""
         t = tl.program_id(0) * BT + tl.arange(0, BT)
         ok = t < tokens
         rstd = tl.load(rstd_ptr + t, mask=ok, other=0.0)
         along = tl.zeros((BT,), tl.float32)
-        for at in range(0, H, BH):
-            c = at + tl.arange(0, BH)
-            g, x = _normed_back(dx_ptr, a_ptr, drop_ptr, site_ptr, s, x_ptr, weight_ptr, t, ok, c, H, R, P, DROP)
-            along += tl.sum(g * x, 1)
+        for i in tl.static_range((H + BH - 1) // BH):
+            along += tl.load(part_ptr + i * tokens + t, mask=ok, other=0.0)
         along *= rstd * rstd / H
-        for at in range(0, H, BH):
-            c = at + tl.arange(0, BH)
-            there = ok[:, None] & (c < H)[None, :]
-            g, x = _normed_back(dx_ptr, a_ptr, drop_ptr, site_ptr, s, x_ptr, weight_ptr, t, ok, c, H, R, P, DROP)
-            d = tl.load(d_ptr + t[:, None] * H + c, mask=there, other=0.0).to(tl.float32)
-            d += rstd[:, None] * (g - x * along[:, None])
-            tl.store(d_ptr + t[:, None] * H + c, d.to(d_ptr.dtype.element_ty), mask=there)
+        c = tl.program_id(1) * BH + tl.arange(0, BH)
+        there = ok[:, None] & (c < H)[None, :]
+        g, x = _normed_back(dx_ptr, a_ptr, drop_ptr, site_ptr, s, x_ptr, weight_ptr, t, ok, c, H, R, P, Q, DROP)
+        d = tl.load(d_ptr + t[:, None] * H + c, mask=there, other=0.0).to(tl.float32)
+        d += rstd[:, None] * (g - x * along[:, None])
+        tl.store(d_ptr + t[:, None] * H + c, d.to(d_ptr.dtype.element_ty), mask=there)
 
     @triton.jit
     def _input_back(
         dx_ptr, out_ptr, delta_ptr, y_ptr, a_ptr, drop_ptr, site_ptr, s, gain, tokens,
-        X: tl.constexpr, R: tl.constexpr, P: tl.constexpr, DROP: tl.constexpr, DELTA: tl.constexpr,
+        X: tl.constexpr, R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, DROP: tl.constexpr, DELTA: tl.constexpr,
         BT: tl.constexpr, BH: tl.constexpr,
     ):  # fmt: skip
         """out [T, X] = gain · the gradient of x; with DELTA also, for each head (BH columns), delta [N, T] = Σ out · y,
@@ -172,7 +178,7 @@ if AVAILABLE:
         ok = t < tokens
         c = tl.program_id(1) * BH + tl.arange(0, BH)
         there = ok[:, None] & (c < X)[None, :]
-        d = gain * _through_lora(dx_ptr, a_ptr, drop_ptr, site_ptr, s, t, ok, c, X, R, P, DROP)
+        d = gain * _through_lora(dx_ptr, a_ptr, drop_ptr, site_ptr, s, t, ok, c, X, R, P, Q, DROP)
         d = d.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + t[:, None] * X + c, d, mask=there)
         if DELTA:
@@ -183,19 +189,19 @@ if AVAILABLE:
     @triton.jit
     def _grads(
         dy_ptr, x_ptr, dx_ptr, drop_ptr, site_ptr, part_ptr, row_ptr, da_ptr, db_ptr, s, gain, tokens,
-        X: tl.constexpr, Y: tl.constexpr, R: tl.constexpr, P: tl.constexpr, r: tl.constexpr, DROP: tl.constexpr,
-        BT: tl.constexpr, BC: tl.constexpr,
+        X: tl.constexpr, Y: tl.constexpr, R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, r: tl.constexpr,
+        DROP: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
     ):  # fmt: skip
         """Adds the adapter's gradients: programs below ceil(Y / BC) take rows of dB = gain · dyᵀ h, the rest columns
         of dA = gain · s · dhᵀ dropout(x). part, row: int32 [Y], the part that an output row belongs to (-1: none) and
         its row of B."""
         block = tl.program_id(0)
-        p = tl.arange(0, R)
+        p = tl.arange(0, Q)
         first: tl.constexpr = (Y + BC - 1) // BC
         kind = x_ptr.dtype.element_ty
         if block < first:
             o = block * BC + tl.arange(0, BC)
-            acc = tl.zeros((BC, R), tl.float32)
+            acc = tl.zeros((BC, Q), tl.float32)
             for at in range(0, tokens, BT):
                 t = at + tl.arange(0, BT)
                 ok = t < tokens
@@ -206,11 +212,10 @@ if AVAILABLE:
             row = tl.load(row_ptr + o, mask=o < Y, other=0)
             own = (part >= 0)[:, None] & (p[None, :] // r == part[:, None])
             place = row[:, None] * r + p[None, :] - part[:, None] * r
-            before = tl.load(db_ptr + place, mask=own, other=0.0)
-            tl.store(db_ptr + place, before + gain * acc, mask=own)
+            tl.store(db_ptr + place, tl.load(db_ptr + place, mask=own, other=0.0) + gain * acc, mask=own)
         else:
             c = (block - first) * BC + tl.arange(0, BC)
-            total = tl.zeros((R, BC), tl.float32)
+            total = tl.zeros((Q, BC), tl.float32)
             for at in range(0, tokens, BT):
                 t = at + tl.arange(0, BT)
                 ok = t < tokens
@@ -220,9 +225,9 @@ if AVAILABLE:
                     x = tl.where(kept, x * scale.to(kind), 0.0).to(kind)
                 dh = tl.load(dx_ptr + t[None, :] * (X + R) + X + p[:, None], mask=ok[None, :], other=0.0)
                 total += tl.dot(dh, x, input_precision="ieee")
-            own = (p < P)[:, None] & (c < X)[None, :]
-            before = tl.load(da_ptr + p[:, None] * X + c, mask=own, other=0.0)
-            tl.store(da_ptr + p[:, None] * X + c, before + gain * s * total, mask=own)
+            there = (p < P)[:, None] & (c < X)[None, :]
+            spot = p[:, None] * X + c
+            tl.store(da_ptr + spot, tl.load(da_ptr + spot, mask=there, other=0.0) + gain * s * total, mask=there)
 
     @triton.jit
     def _silu_mul(gu_ptr, out_ptr, tokens, F: tl.constexpr, R: tl.constexpr, B: tl.constexpr):
@@ -237,14 +242,15 @@ if AVAILABLE:
     @triton.jit
     def _silu_mul_back(
         gu_ptr, dx_ptr, a_ptr, drop_ptr, site_ptr, s, gain, tokens,
-        F: tl.constexpr, R: tl.constexpr, P: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
+        F: tl.constexpr, R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, DROP: tl.constexpr,
+        BT: tl.constexpr, BH: tl.constexpr,
     ):  # fmt: skip
         """gate|up becomes gain · its gradient, in place; dx [T, F + R] is the gradient behind silu(gate) · up."""
         t = tl.program_id(0) * BT + tl.arange(0, BT)
         ok = t < tokens
         c = tl.program_id(1) * BH + tl.arange(0, BH)
         there = ok[:, None] & (c < F)[None, :]
-        d = gain * _through_lora(dx_ptr, a_ptr, drop_ptr, site_ptr, s, t, ok, c, F, R, P, DROP)
+        d = gain * _through_lora(dx_ptr, a_ptr, drop_ptr, site_ptr, s, t, ok, c, F, R, P, Q, DROP)
         at = t[:, None] * (2 * F) + c
         g = tl.load(gu_ptr + at, mask=there, other=0.0).to(tl.float32)
         u = tl.load(gu_ptr + at + F, mask=there, other=0.0).to(tl.float32)

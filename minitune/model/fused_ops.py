@@ -11,6 +11,10 @@ from minitune.model import fused_kernels as fk
 from minitune.model.decoder import Linear
 
 
+def next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
 class Tile(NamedTuple):
     """Rows and columns of a program's tile, and its warps. `bench/tune_kernels.py` compares them on a card."""
 
@@ -19,19 +23,21 @@ class Tile(NamedTuple):
     warps: int = 4
 
 
+PROGRAMS = 512  # what a launch over few rows is split into, some four for each of a large card's processors
+SPLIT = 4096  # outputs from which dx and dh are two multiplications: a width of 19 · 128 - 64 is a slow one
 TILES = {
-    "norm_in": Tile(16, 128),
-    "strip": Tile(16, 128),
-    "norm_back": Tile(16, 128),
-    "input_back": Tile(16, 0),  # the columns are a head
+    "norm_in": Tile(1, 0, 8),  # the columns are a row
+    "strip": Tile(16, 128, 2),
+    "norm_back": Tile(32, 128),
+    "input_back": Tile(32, 0, 2),  # the columns are a head
     "silu_mul": Tile(1, 1024),
-    "silu_mul_back": Tile(16, 128),
-    "grads": Tile(64, 64),
+    "silu_mul_back": Tile(16, 128, 8),
+    "grads": Tile(64, 32),
 }
 
 
 class Slot:
-    """One linear of one layer with what its adapter needs; R = P = r = 0 where there is none."""
+    """One linear of one layer with what its adapter needs; R = P = Q = r = 0 where there is none."""
 
     KINDS = ("attn.qkv", "attn.o", "mlp.gate_up", "mlp.down")
 
@@ -39,19 +45,26 @@ class Slot:
         self.wide, self.lora = wide_YX, linear.lora
         self.Y, self.X = linear.weight.shape
         self.R = wide_YX.shape[1] - self.X
-        self.P = self.r = 0
+        self.P = self.Q = self.r = 0
         self.s = 1.0
         self.a = self.site = self.part = self.row = wide_YX  # never read without an adapter
         self.da = self.db = wide_YX
         if linear.lora is not None and rows is not None:
             self.P, self.r, self.s = linear.lora.A.shape[0], linear.lora.r, linear.lora.scale
+            self.Q = max(16, next_power_of_2(self.P))
             self.site, (self.part, self.row) = linear.lora.site, rows
 
     def forward(self, x_TX: Tensor) -> Tensor:
         return torch.mm(x_TX, self.wide.t())
 
     def backward(self, dy_TY: Tensor) -> Tensor:
-        return torch.mm(dy_TY, self.wide)
+        """[dx | dh] [T, X + R]."""
+        if self.R == 0 or self.Y < SPLIT:
+            return torch.mm(dy_TY, self.wide)
+        out = torch.empty(dy_TY.shape[0], self.X + self.R, dtype=dy_TY.dtype, device=dy_TY.device)
+        torch.mm(dy_TY, self.wide[:, : self.X], out=out[:, : self.X])
+        torch.mm(dy_TY, self.wide[:, self.X :], out=out[:, self.X :])
+        return out
 
 
 def _grid(tokens: int, columns: int, tile: Tile) -> tuple[int, int]:
@@ -62,27 +75,32 @@ def norm_in(
     x: Tensor, y: Tensor | None, gain: float, norm: Any, slot: Slot, drop: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(x + gain · y, [norm of it | h], 1/rms [T])."""
-    tile = TILES["norm_in"]
     tokens, width = x.shape
     total = torch.empty_like(x) if y is not None else x
     out = torch.empty(tokens, width + slot.R, dtype=x.dtype, device=x.device)
     rstd = torch.empty(tokens, dtype=torch.float32, device=x.device)
-    fk._norm_in[(_grid(tokens, 1, tile)[0],)](
-        x, y if y is not None else x, gain, norm.weight, slot.a, _or(drop, x), slot.site, slot.s, total, out, rstd,
-        tokens, norm.eps, H=width, R=slot.R, P=slot.P, SUM=y is not None, DROP=drop is not None,
-        BT=tile.rows, BH=tile.columns, num_warps=tile.warps,
+    fk._norm_in[(tokens,)](
+        x, y if y is not None else x, gain, norm.weight, total, out, rstd, norm.eps,
+        H=width, R=slot.R, SUM=y is not None, BH=next_power_of_2(width), num_warps=TILES["norm_in"].warps,
     )  # fmt: skip
+    strip(out, slot, drop)
     return total, out, rstd
 
 
 def strip(x: Tensor, slot: Slot, drop: Tensor | None) -> None:
     """Fills the strip of [x | h]."""
-    tile = TILES["strip"]
-    if slot.R:
-        fk._strip[(_grid(x.shape[0], 1, tile)[0],)](
-            x, slot.a, _or(drop, x), slot.site, slot.s, x.shape[0],
-            X=slot.X, R=slot.R, P=slot.P, DROP=drop is not None, BT=tile.rows, BH=tile.columns, num_warps=tile.warps,
-        )  # fmt: skip
+    if not slot.R:
+        return
+    tile, tokens = TILES["strip"], x.shape[0]
+    rows, columns = _grid(tokens, slot.X, tile)
+    span = tile.columns * -(-columns // max(1, min(columns, PROGRAMS // rows)))
+    spans = -(-slot.X // span)
+    parts = torch.empty(spans, tokens, slot.Q, dtype=torch.float32, device=x.device)
+    fk._strip_parts[(rows, spans)](
+        x, slot.a, _or(drop, x), slot.site, parts, tokens, span, X=slot.X, R=slot.R, P=slot.P, Q=slot.Q,
+        DROP=drop is not None, BT=tile.rows, BH=tile.columns, num_warps=tile.warps,
+    )  # fmt: skip
+    fk._strip[(-(-tokens // 4),)](x, parts, slot.s, tokens, spans, X=slot.X, R=slot.R, Q=slot.Q, BT=4, num_warps=2)
 
 
 def silu_mul(gate_up: Tensor, slot: Slot) -> Tensor:
@@ -102,17 +120,21 @@ def silu_mul_back(gate_up: Tensor, dx: Tensor, slot: Slot, drop: Tensor | None, 
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     fk._silu_mul_back[_grid(tokens, width, tile)](
         gate_up, dx, slot.a, _or(drop, dx), slot.site, slot.s, gain, tokens,
-        F=width, R=slot.R, P=slot.P, DROP=drop is not None, BT=tile.rows, BH=tile.columns, num_warps=tile.warps,
+        F=width, R=slot.R, P=slot.P, Q=slot.Q, DROP=drop is not None,
+        BT=tile.rows, BH=tile.columns, num_warps=tile.warps,
     )  # fmt: skip
 
 
 def norm_back(d: Tensor, dx: Tensor, slot: Slot, drop: Tensor | None, x: Tensor, rstd: Tensor, norm: Any) -> None:
     """d += the gradient of the norm's input."""
-    tile = TILES["norm_back"]
-    fk._norm_back[(_grid(d.shape[0], 1, tile)[0],)](
-        d, dx, slot.a, _or(drop, d), slot.site, slot.s, x, rstd, norm.weight, d.shape[0],
-        H=slot.X, R=slot.R, P=slot.P, DROP=drop is not None, BT=tile.rows, BH=tile.columns, num_warps=tile.warps,
-    )  # fmt: skip
+    tile, tokens = TILES["norm_back"], d.shape[0]
+    grid = _grid(tokens, slot.X, tile)
+    parts = torch.empty(grid[1], tokens, dtype=torch.float32, device=d.device)
+    lora = (dx, slot.a, _or(drop, d), slot.site, slot.s, x)
+    shape = {"H": slot.X, "R": slot.R, "P": slot.P, "Q": slot.Q, "DROP": drop is not None}
+    shape |= {"BT": tile.rows, "BH": tile.columns, "num_warps": tile.warps}
+    fk._along[grid](*lora, norm.weight, parts, tokens, **shape)
+    fk._norm_back[grid](d, *lora, rstd, norm.weight, parts, tokens, **shape)
 
 
 def input_back(
@@ -125,7 +147,7 @@ def input_back(
     delta = torch.empty(slot.X // head_dim, tokens, dtype=torch.float32, device=dx.device)
     fk._input_back[_grid(tokens, slot.X, tile._replace(columns=head_dim))](
         dx, out, delta, y, slot.a, _or(drop, dx), slot.site, slot.s, gain, tokens,
-        X=slot.X, R=slot.R, P=slot.P, DROP=drop is not None, DELTA=True,
+        X=slot.X, R=slot.R, P=slot.P, Q=slot.Q, DROP=drop is not None, DELTA=True,
         BT=tile.rows, BH=head_dim, num_warps=tile.warps,
     )  # fmt: skip
     return out, delta
@@ -136,7 +158,7 @@ def grads(dy: Tensor, x: Tensor, dx: Tensor, slot: Slot, drop: Tensor | None, ga
     tile = TILES["grads"]
     fk._grads[(-(-slot.Y // tile.columns) + -(-slot.X // tile.columns),)](
         dy, x, dx, _or(drop, x), slot.site, slot.part, slot.row, slot.da, slot.db, slot.s, gain, x.shape[0],
-        X=slot.X, Y=slot.Y, R=slot.R, P=slot.P, r=slot.r, DROP=drop is not None,
+        X=slot.X, Y=slot.Y, R=slot.R, P=slot.P, Q=slot.Q, r=slot.r, DROP=drop is not None,
         BT=tile.rows, BC=tile.columns, num_warps=tile.warps,
     )  # fmt: skip
 

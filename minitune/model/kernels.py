@@ -29,6 +29,11 @@ LONGEST = 512  # tokens a document for which the short-document kernel is chosen
 if AVAILABLE:
 
     @triton.jit
+    def _dot(a, b):
+        """float32 stays float32 (the matrix units would round it to 10 bits); half precision is not touched."""
+        return tl.dot(a, b, input_precision="ieee")
+
+    @triton.jit
     def _locate(cu_ptr, documents, block, S: tl.constexpr, B: tl.constexpr):
         """(first token, end, the block's place) of the document that the grid's `block` falls into; end 0: none."""
         at = tl.arange(0, S)
@@ -86,13 +91,13 @@ if AVAILABLE:
                 there = j < last
                 k1, k2 = _rotated(qkv_ptr + (N + kv) * D, cos_ptr, sin_ptr, j, there, stride, F)
                 v = tl.load(qkv_ptr + (N + K + kv) * D + j[:, None] * stride + d, mask=there[:, None], other=0.0)
-                s = (tl.dot(q1, tl.trans(k1)) + tl.dot(q2, tl.trans(k2))) * (scale * 1.4426950408889634)
+                s = (_dot(q1, tl.trans(k1)) + _dot(q2, tl.trans(k2))) * (scale * 1.4426950408889634)
                 s = tl.where((j[None, :] <= i[:, None]) & there[None, :], s, -1e30)
                 higher = tl.maximum(top, tl.max(s, 1))
                 p = tl.exp2(s - higher[:, None])
                 fade = tl.exp2(top - higher)
                 total = total * fade + tl.sum(p, 1)
-                acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v)
+                acc = acc * fade[:, None] + _dot(p.to(v.dtype), v)
                 top = higher
             out = acc / total[:, None]
             kind = out_ptr.dtype.element_ty
@@ -131,12 +136,12 @@ if AVAILABLE:
                     there = j < last
                     k1, k2 = _rotated(qkv_ptr + (N + kv) * D, cos_ptr, sin_ptr, j, there, stride, F)
                     v = tl.load(qkv_ptr + (N + K + kv) * D + j[:, None] * stride + d, mask=there[:, None], other=0.0)
-                    s = (tl.dot(q1, tl.trans(k1)) + tl.dot(q2, tl.trans(k2))) * log2e_scale
+                    s = (_dot(q1, tl.trans(k1)) + _dot(q2, tl.trans(k2))) * log2e_scale
                     seen = (j[None, :] <= mine[:, None]) & there[None, :] & ok[:, None]
                     p = tl.where(seen, tl.exp2(s - lse[:, None]), 0.0)
-                    ds = (p * (tl.dot(do, tl.trans(v)) - delta[:, None]) * scale).to(k1.dtype)
-                    dq1 += tl.dot(ds, k1)
-                    dq2 += tl.dot(ds, k2)
+                    ds = (p * (_dot(do, tl.trans(v)) - delta[:, None]) * scale).to(k1.dtype)
+                    dq1 += _dot(ds, k1)
+                    dq2 += _dot(ds, k2)
                 _store_unrotated(dqkv_ptr + head * D, cos_ptr, sin_ptr, mine, ok, stride, dq1, dq2, F)
             if task >= N:
                 kv = task - N
@@ -155,16 +160,16 @@ if AVAILABLE:
                         do = tl.load(dout_ptr + at, mask=there[:, None], other=0.0)
                         delta = tl.load(delta_ptr + head * tokens + i, mask=there, other=0.0)
                         lse = tl.load(lse_ptr + head * tokens + i, mask=there, other=0.0)
-                        s = (tl.dot(q1, tl.trans(k1)) + tl.dot(q2, tl.trans(k2))) * log2e_scale
+                        s = (_dot(q1, tl.trans(k1)) + _dot(q2, tl.trans(k2))) * log2e_scale
                         seen = (mine[None, :] <= i[:, None]) & there[:, None] & ok[None, :]
                         p = tl.where(seen, tl.exp2(s - lse[:, None]), 0.0)
-                        dv += tl.dot(tl.trans(p.to(do.dtype)), do)
-                        ds = (p * (tl.dot(do, tl.trans(v)) - delta[:, None]) * scale).to(q1.dtype)
-                        dk1 += tl.dot(tl.trans(ds), q1)
-                        dk2 += tl.dot(tl.trans(ds), q2)
+                        dv += _dot(tl.trans(p.to(do.dtype)), do)
+                        ds = (p * (_dot(do, tl.trans(v)) - delta[:, None]) * scale).to(q1.dtype)
+                        dk1 += _dot(tl.trans(ds), q1)
+                        dk2 += _dot(tl.trans(ds), q2)
                         if (G == 1) & (last - first <= B):
-                            dq1 = tl.dot(ds, k1)
-                            dq2 = tl.dot(ds, k2)
+                            dq1 = _dot(ds, k1)
+                            dq2 = _dot(ds, k2)
                             _store_unrotated(dqkv_ptr + head * D, cos_ptr, sin_ptr, i, there, stride, dq1, dq2, F)
                 _store_unrotated(dqkv_ptr + (N + kv) * D, cos_ptr, sin_ptr, mine, ok, stride, dk1, dk2, F)
                 kind = dqkv_ptr.dtype.element_ty

@@ -7,6 +7,7 @@ that nothing is learned from. What no capacity holds runs through the plain step
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minitune.data.loader import Pack, StepBatch
-from minitune.model.decoder import Layer
+from minitune.train.optim import LossScale
 from minitune.train.step import StepResult, TrainStep
 
 TOKENS, POSITIONS = 128, 64  # what capacities are multiples of
@@ -40,19 +41,21 @@ def capacities(sizes: Sequence[tuple[int, int, int]], most: int = 6) -> list[Cap
     thinned to `most` so that the padding grows least. Largest first."""
     if not sizes:
         return []
-    rounded = [-(-tokens // TOKENS) * TOKENS for tokens, _, _ in sizes]
-    edges = sorted(set(rounded))
+    count: Counter[int] = Counter()
+    supervised: Counter[int] = Counter()  # the most of each edge's sizes
+    for tokens, _, positions in sizes:
+        edge = -(-tokens // TOKENS) * TOKENS
+        count[edge] += 1
+        supervised[edge] = max(supervised[edge], positions)
+    edges = sorted(count)
     while len(edges) > most:
-        cost = [(edges[i + 1] - edges[i]) * sum(r == edges[i] for r in rounded) for i in range(len(edges) - 1)]
+        cost = [(edges[i + 1] - edges[i]) * count[edges[i]] for i in range(len(edges) - 1)]
         i = cost.index(min(cost))
-        rounded = [edges[i + 1] if r == edges[i] else r for r in rounded]
+        count[edges[i + 1]] += count[edges[i]]
+        supervised[edges[i + 1]] = max(supervised[edges[i + 1]], supervised[edges[i]])
         del edges[i]
     documents = max(d for _, d, _ in sizes) + 1
-    out = []
-    for edge in edges:
-        supervised = max(s for (_, _, s), r in zip(sizes, rounded, strict=True) if r == edge)
-        out.append(Capacity(edge, documents, -(-supervised // POSITIONS) * POSITIONS))
-    return out[::-1]
+    return [Capacity(edge, documents, -(-supervised[edge] // POSITIONS) * POSITIONS) for edge in reversed(edges)]
 
 
 class Contract:
@@ -150,7 +153,7 @@ class CapturedStep:
         self.contract: Contract | None = None
 
     def record(self, samples: Sequence[Pack]) -> None:
-        """Warms up (compiles) and captures, largest first, in one memory pool.
+        """Warms up (kernels are compiled) and captures, largest first, in one memory pool.
 
         The warm-up's loss is made NaN, and the gate that keeps bad values out leaves all that learns as it was.
         """
@@ -176,6 +179,14 @@ class CapturedStep:
         inputs = [(f"inputs of {g.capacity.tokens}", partial(getattr, g, "blob")) for g in self.graphs]
         self.contract = Contract.of(step, *inputs, ("share", partial(getattr, self, "share")))
 
+    @property
+    def loss_scale(self) -> LossScale | None:
+        return self.step.loss_scale
+
+    @property
+    def step_index(self) -> Tensor:
+        return self.step.step_index
+
     def __call__(self, batch: StepBatch, rate: float) -> StepResult:
         graph = self._graph_for(batch)
         if graph is None:
@@ -197,13 +208,8 @@ class CapturedStep:
         return min(fitting, key=lambda g: g.capacity.tokens) if fitting else None
 
 
-def compile_layers(step: TrainStep) -> None:
-    """One compiled layer for all layers and every number of tokens."""
-    step.decoder.layer_forward = torch.compile(Layer.forward, dynamic=True, fullgraph=True)  # type: ignore[assignment]
-
-
 def capture(step: TrainStep, sizes: Sequence[Capacity], samples: Sequence[Pack], longest: int) -> CapturedStep:
-    """Compiles and captures `step` for these capacities; `samples` are packs that fit them, one each, and
+    """Captures `step` for these capacities; `samples` are packs that fit them, one each, and
     `longest` bounds the length of a document."""
     captured = CapturedStep(step, sizes, longest)
     captured.record(samples)

@@ -7,7 +7,7 @@ update, so neither clipping, nor loss scaling, nor a value that is not finite ne
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -33,19 +33,20 @@ def learning_rate_at(step: int, total: int, config: TrainConfig) -> float:
 class AdamW:
     """AdamW over float32 values; parameters of fewer bits get a float32 master copy, which holds the truth.
 
-    Weight decay falls on matrices only.
+    Weight decay falls on matrices only. matrices: the shapes that lie end to end in the one parameter, where it holds
+    several (`model.fused`): they decay, and are saved and read as if each were a parameter.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], config: TrainConfig):
-        self.parameters = list(parameters)
+    def __init__(self, parameters: Iterable[nn.Parameter], config: TrainConfig, matrices: Sequence[torch.Size] = ()):
+        self.parameters, self.matrices = list(parameters), list(matrices)
         self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.parameters]
-        matrices = [p for p in self.masters if p.ndim > 1]
-        rest = [p for p in self.masters if p.ndim <= 1]
+        decays = [p for p in self.masters if p.ndim > 1 or self.matrices]
+        rest = [p for p in self.masters if p.ndim <= 1 and not self.matrices]
         device = self.parameters[0].device
         self.rate = torch.zeros((), device=device)
         groups = [
             {"params": group, "weight_decay": decay}
-            for group, decay in ((matrices, config.weight_decay), (rest, 0.0))
+            for group, decay in ((decays, config.weight_decay), (rest, 0.0))
             if group
         ]
         self.inner = torch.optim.AdamW(
@@ -83,17 +84,38 @@ class AdamW:
 
     def state_dict(self) -> dict[str, Any]:
         masters = [m.detach() for m, p in zip(self.masters, self.parameters, strict=True) if m is not p]
-        return {"adamw": self.inner.state_dict(), "masters": masters}
+        state = self.inner.state_dict()
+        return {"adamw": _apart(state, self.matrices) if self.matrices else state, "masters": masters}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        rate = self.rate
-        self.inner.load_state_dict(state["adamw"])
+        rate, capturable = self.rate, self.inner.defaults["capturable"]
+        self.inner.load_state_dict(_together(state["adamw"]) if self.matrices else state["adamw"])
         for group in self.inner.param_groups:  # the saved rate must not replace the tensor that `step` fills
-            group["lr"] = rate
+            group["lr"], group["capturable"] = rate, capturable
         own = [m for m, p in zip(self.masters, self.parameters, strict=True) if m is not p]
         with torch.no_grad():
             for master, saved in zip(own, state["masters"], strict=True):
                 master.copy_(saved)
+
+
+def _apart(state: dict[str, Any], shapes: Sequence[torch.Size]) -> dict[str, Any]:
+    """The state of one flat parameter as that of the matrices in it."""
+    flat, (group,) = state["state"].get(0, {}), state["param_groups"]
+    sizes = [shape.numel() for shape in shapes]
+    pieces = {k: v if k == "step" else v.split(sizes) for k, v in flat.items()}
+    apart = {
+        i: {k: v.clone() if k == "step" else v[i].view(shape) for k, v in pieces.items()}
+        for i, shape in enumerate(shapes if flat else ())
+    }
+    return {"state": apart, "param_groups": [{**group, "params": list(range(len(shapes)))}]}
+
+
+def _together(state: dict[str, Any]) -> dict[str, Any]:
+    """The way back."""
+    apart, (group,) = state["state"], state["param_groups"]
+    held = [apart[i] for i in group["params"]] if apart else []
+    flat = {k: held[0][k] if k == "step" else torch.cat([h[k].reshape(-1) for h in held]) for k in (held or [{}])[0]}
+    return {"state": {0: flat} if flat else {}, "param_groups": [{**group, "params": [0]}]}
 
 
 class LossScale:

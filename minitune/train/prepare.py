@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from minitune.data.store import EncodedRows
 from minitune.data.template import Encoded, Template
 from minitune.model.attention import choose_kernel
 from minitune.model.decoder import Decoder
+from minitune.model.fused import FusedStack
 from minitune.model.lora import LoraConfig, attach
+from minitune.train import fast
 from minitune.train.optim import AdamW, LossScale
 from minitune.train.step import TrainStep, recompute_layers
 
@@ -89,25 +91,30 @@ def training_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
 
 def build(config: TrainConfig, ready: Prepared, device: torch.device) -> tuple[Decoder, AdamW, TrainStep]:
     """The decoder with what learns, its optimizer, and the step."""
-    decoder = load_decoder(ready.base, config.dtype, str(device)).train()
+    lora = None if config.method == "full" else lora_of(config)
+    strips = partial(fast.strips_of, lora=lora) if lora and not fast.why_not_on(device) else None
+    decoder = load_decoder(ready.base, config.dtype, str(device), strips).train()
     highest = max(ready.learn.highest, ready.held_out.highest)
     if highest >= decoder.config.vocab_size:
         raise UserError(
             f"{ready.base}: the tokenizer gives id {highest}, the weights have {decoder.config.vocab_size} rows"
         )
-    if config.method == "full":
+    if lora is None:
         parameters = list(decoder.requires_grad_(True).parameters())
     else:
         try:
-            lora = LoraConfig(
-                config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules, config.use_rslora
-            )
             parameters = attach(decoder, lora, config.seed)
         except ValueError as error:
             raise UserError(str(error)) from None
-    if wants_recompute(config, decoder, ready.learn):
+    matrices: list[torch.Size] = []
+    recompute = wants_recompute(config, decoder, ready.learn)
+    if not fast.why_plain(decoder):
+        matrices = [p.shape for p in parameters]
+        decoder.stack = FusedStack(decoder, keep=not recompute)
+        parameters = [decoder.stack.flat]
+    elif recompute:
         recompute_layers(decoder)
-    optimizer = AdamW(parameters, config)
+    optimizer = AdamW(parameters, config, matrices)
     step = TrainStep(
         decoder,
         optimizer,
@@ -117,6 +124,16 @@ def build(config: TrainConfig, ready: Prepared, device: torch.device) -> tuple[D
         loss_scale=LossScale(device) if decoder.dtype == torch.float16 else None,
     )
     return decoder, optimizer, step
+
+
+def lora_of(config: TrainConfig) -> LoraConfig:
+    """The adapters that the settings ask for."""
+    try:
+        return LoraConfig(
+            config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules, config.use_rslora
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def wants_recompute(config: TrainConfig, decoder: Decoder, rows: EncodedRows) -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,10 @@ from minitune.checkpoint.weights import choose_device
 from minitune.config import TrainConfig, UserError, to_yaml
 from minitune.data.loader import Loader, StepBatch
 from minitune.model.decoder import Decoder
+from minitune.train import fast
 from minitune.train.checks import check_output, check_settings
+from minitune.train.clock import Clock, process_seconds
+from minitune.train.graph import CapturedStep
 from minitune.train.optim import AdamW, learning_rate_at
 from minitune.train.prepare import Prepared, build, count_steps, describe, make_loader, prepare, training_dtype
 from minitune.train.report import Report, peak_memory_gib
@@ -36,10 +41,14 @@ def train(config: TrainConfig, quiet: bool = False, answer: Answer | None = None
     taken up with, where there is one. Raises UserError for bad input; Stopped where the run ended before its time.
     """
     started = time.perf_counter()
+    clock = Clock("data")
+    clock.seconds["start"] = process_seconds()
     check_settings(config)
     output = Path(config.output)
     checkpoint = check_output(output, config)
     device = choose_device(config.device)
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # kernels and captures take the current one
     with memory_said(config, device) as memory:
         ready = prepare(config)
         memory.longest = ready.learn.longest
@@ -51,6 +60,7 @@ def train(config: TrainConfig, quiet: bool = False, answer: Answer | None = None
             eval_rows=0,
             dtype=str(training_dtype(config, device)).removeprefix("torch."),  # type: ignore[arg-type]
         )
+        clock.begin("model")
         decoder, optimizer, step = build(config, ready, device)
         watch = Watch(config, ready.template, ready.tokenizer, decoder.config.max_position_embeddings, answer)
         loader = make_loader(config, ready.learn, device)
@@ -58,15 +68,24 @@ def train(config: TrainConfig, quiet: bool = False, answer: Answer | None = None
         title = f"{config.model} · {config.method} → {config.output}"
         about = About(total, config.num_train_epochs, title, bool(len(ready.held_out)), watch.prompts)
         report = Report(output, total, config.logging_steps, device, choose(about, quiet), step.loss_scale is not None)
-        run = Run(config, ready, decoder, optimizer, step, loader, report, watch, total, per_epoch, program)
+        run = Run(config, ready, decoder, optimizer, step, loader, report, watch, total, per_epoch, clock, program)
         try:
             if config.resume:
                 run.restore(checkpoint)
             for line in [*ready.lines, *describe(config, decoder, optimizer, total, loader)]:
                 report.say(line)
+            if device.type == "cuda" and run.done < total:
+                clock.begin("capture")
+                run.step, line = fast.quicken(step, loader, per_epoch, total)
+                report.say(line)
+            clock.begin("steps")
             with Interrupt(report.view.stopping) as interrupt:
                 run.loop(interrupt)
-                return run.finish(started)
+                with clock.during("saving"):
+                    summary = run.finish(started)
+            if config.profile:
+                report.say(clock.line())
+            return summary
         finally:
             report.close()
 
@@ -79,12 +98,13 @@ class Run:
     ready: Prepared
     decoder: Decoder
     optimizer: AdamW
-    step: TrainStep
+    step: TrainStep | CapturedStep
     loader: Loader
     report: Report
     watch: Watch
     total: int
     per_epoch: list[int]
+    clock: Clock
     program: str = ""
     done: int = 0
     saved: int = 0
@@ -101,13 +121,13 @@ class Run:
         self.report.start(self.done, self.best.step, Trackers(self.config, self.done, self.report.say))
         if self.done == 0:
             self.answer(0.0)
-        before = 0
-        for epoch, steps in enumerate(self.per_epoch):
-            for i in range(max(0, self.done - before), steps):
-                if self.done >= self.total or self.best.stop or interrupt.wanted:
+        every = ((epoch, i) for epoch, steps in enumerate(self.per_epoch) for i in range(steps))
+        places = islice(every, self.done, self.total)
+        with closing(fast.batches(self.loader.batch, places, self.decoder.device.type == "cuda")) as batches:
+            for (epoch, i), batch in batches:
+                if self.best.stop or interrupt.wanted:
                     break
-                self.one(self.loader.batch(epoch, i), epoch + (i + 1) / steps)
-            before += steps
+                self.one(batch, epoch + (i + 1) / self.per_epoch[epoch])
         self.report.flush()
         if self.done < self.total and not self.best.stop:
             self.save()
@@ -141,8 +161,9 @@ class Run:
         self.report.flush()
         self.report.view.busy("held-out loss …")
         device = self.decoder.device
-        batches = list(make_loader(self.config, self.ready.held_out, device, shuffle=False).batches())
-        loss = held_out_loss(self.decoder, batches)
+        with self.clock.during("held-out loss"):
+            batches = list(make_loader(self.config, self.ready.held_out, device, shuffle=False).batches())
+            loss = held_out_loss(self.decoder, batches)
         better = self.best.take(self.done, loss)
         self.report.evaluated(self.done, loss, better)
         return better
@@ -154,7 +175,8 @@ class Run:
         self.report.flush()
         self.report.view.busy("answering the prompts …")
         try:
-            samples = self.watch.take(self.decoder)
+            with self.clock.during("answers"):
+                samples = self.watch.take(self.decoder)
         except (UserError, torch.OutOfMemoryError) as error:
             self.report.say(f"note: step {self.done}: no answers ({str(error).splitlines()[0][:160]})")
         else:
@@ -176,7 +198,8 @@ class Run:
             **identity(self.config, self.ready),
         }
         keep = self.best.step if self.config.load_best_model_at_end else 0
-        with resume.saved(Path(self.config.output), self.done, state, self.config.save_total_limit, keep) as part:
+        saved = resume.saved(Path(self.config.output), self.done, state, self.config.save_total_limit, keep)
+        with self.clock.during("saving"), saved as part:
             self.write(part)
             write_text(part / "run.yaml", self.settings_text)
         self.report.pause()

@@ -116,9 +116,14 @@ class TrainStep:
 @torch.no_grad()
 def held_out_loss(decoder: Decoder, batches: list[StepBatch]) -> float:
     """The mean cross-entropy (nats) over all supervised tokens of these batches, dropout off."""
-    training = decoder.training
+    training, stack = decoder.training, decoder.stack
     decoder.eval()
+    if stack is not None:
+        stack.refresh()  # the last update came after the last step's
+        stack.flat.requires_grad_(False)  # else the stack would keep what a backward needs
     chunk = 256 if decoder.device.type == "cpu" else 2048
     parts = [pack_loss(decoder, pack.to(decoder.device), None, chunk) for b in batches for pack in b.packs]
     decoder.train(training)
+    if stack is not None:
+        stack.flat.requires_grad_(True)
     return float(torch.stack(parts).double().sum()) / sum(b.supervised for b in batches)

@@ -1,4 +1,4 @@
-"""The compiled and the captured step against the plain one (invariant 4)."""
+"""The fused and the captured step against the plain one (invariant 4)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from minitune.model.decoder import Decoder, DecoderConfig
 from minitune.model.lora import LoraConfig, attach
 from minitune.train import graph
 from minitune.train.optim import AdamW
-from minitune.train.step import TrainStep, pack_loss
+from minitune.train.step import TrainStep
 
 SHAPE = DecoderConfig(
     vocab_size=331,
@@ -77,31 +77,6 @@ def packs(count: int) -> list[Pack]:
     return out
 
 
-def gradients(step: TrainStep, pack: Pack) -> list[torch.Tensor]:
-    moved = pack.to(step.decoder.device)
-    pack_loss(step.decoder, moved, step._dropout(moved)).backward()
-    found = [p.grad.float() for p in step.optimizer.parameters if p.grad is not None]
-    step.optimizer.zero_grad()
-    return found
-
-
-@pytest.mark.parametrize(
-    ("device", "dtype", "close"),
-    [
-        ("cpu", torch.float32, 1e-4),
-        pytest.param("cuda", torch.float32, 1e-4, marks=pytest.mark.gpu),
-        pytest.param("cuda", torch.bfloat16, 4e-2, marks=pytest.mark.gpu),
-    ],
-)
-def test_compiled_gradients_are_the_plain_ones(device: str, dtype: torch.dtype, close: float) -> None:
-    """Dropout on, two sizes: a compiler that lost a scalar or a mask would be far outside."""
-    plain, compiled = step_on(device, dtype), step_on(device, dtype)
-    graph.compile_layers(compiled)
-    for pack in packs(2):
-        for ours, want in zip(gradients(compiled, pack), gradients(plain, pack), strict=True):
-            assert float((ours - want).norm() / want.norm()) < close
-
-
 def test_fused_steps_are_plain_steps() -> None:
     """Dropout, clipping and updates over changing packs, two a step: losses, norms and what was learned agree."""
     pytest.importorskip("triton", reason="Triton is not installed (pip install triton runs this in its interpreter)")
@@ -143,24 +118,25 @@ def test_the_contract_names_what_moved() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("how", ["compiled", "fused", "recomputed"])
-@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
-def test_captured_steps_are_plain_steps(dtype: torch.dtype, close: float, how: str) -> None:
-    """20 steps with changing inputs, rates and capacities, dropout on: losses, norms and what was learned agree."""
-    plain = step_on("cuda", dtype)
-    base = step_on("cuda", dtype) if how == "compiled" else fused_on("cuda", dtype, keep=how == "fused")
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize(("dtype", "close", "near"), [(torch.float32, 1e-4, 4e-4), (torch.bfloat16, 3e-2, 0.6)])
+def test_captured_steps_are_plain_steps(dtype: torch.dtype, close: float, near: float, keep: bool) -> None:
+    """20 steps with changing inputs, rates and capacities, dropout on: losses, norms and what was learned agree.
+
+    float32 shows that the computation is the same. In bfloat16 this random model's gradient is mostly rounding: plain
+    steps in it part from float32's by 40 % in the norm and 2 % in the loss, so there the norms must only be of one size
+    (that each gradient is no less exact than the plain one's is tests/model/test_fused.py's)."""
+    plain, base = step_on("cuda", dtype), fused_on("cuda", dtype, keep)
     batches = [StepBatch([pack], len(pack.lengths)) for pack in packs(20)]
     sizes = [(b.tokens, len(b.packs[0].lengths), b.supervised) for b in batches]
     capacities = graph.capacities(sizes, most=2)
     samples = [next(b.packs[0] for b in batches if c.holds(b.packs[0])) for c in capacities]
-    if how == "compiled":
-        graph.compile_layers(base)
     captured = graph.capture(base, capacities, samples, longest=70)
     assert float(base.step_index) == 0 and captured.plain_steps == 0
     for i, batch in enumerate(batches):
         ours, want = captured(batch, 1e-3 / (i + 1)), plain(batch, 1e-3 / (i + 1))
         assert float(ours.loss) == pytest.approx(float(want.loss), rel=close)
-        assert float(ours.grad_norm) == pytest.approx(float(want.grad_norm), rel=4 * close)
+        assert float(ours.grad_norm) == pytest.approx(float(want.grad_norm), rel=near)
         assert not float(ours.skipped)
     assert captured.plain_steps == 0
     for a, b in zip(adapters(base), adapters(plain), strict=True):

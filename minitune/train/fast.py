@@ -1,0 +1,129 @@
+"""The fast step of a card: layers by hand (`model.fused`), the step captured (`train.graph`), batches made ahead.
+
+On the CPU nothing of this happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from minitune.data.loader import Loader, StepBatch
+from minitune.model import fused
+from minitune.model.decoder import Decoder
+from minitune.model.fused_ops import Slot
+from minitune.model.lora import LoraConfig
+from minitune.model.quantized import Int4Linear
+from minitune.train import graph
+from minitune.train.step import TrainStep
+
+Place = tuple[int, int]  # (epoch, step in it)
+
+
+def why_plain(decoder: Decoder) -> str:
+    """Why this decoder, its adapters attached, runs plain layers; "" where `model.fused` takes their place."""
+    if reason := why_not_on(decoder.device):
+        return reason
+    if decoder.lora_config is None:
+        return "every parameter learns"
+    if any(isinstance(linear, Int4Linear) for linear in decoder.linears()):
+        return "the weights have 4 bits"
+    return fused.why_not(decoder)
+
+
+def why_not_on(device: torch.device) -> str:
+    """Why a device has no fast step; "" where it has."""
+    if device.type != "cuda":
+        return "no card"
+    if not fused.kernels.AVAILABLE:
+        return "Triton is not installed"
+    return "the card is older than Ampere" if torch.cuda.get_device_capability(device)[0] < 8 else ""
+
+
+def strips_of(decoder: Decoder, lora: LoraConfig) -> dict[str, int]:
+    """{kind: width}: the strips for `Decoder.allocate` that `model.fused` will want of these adapters; none where the
+    layers can't be fused. The decoder may be on `meta`, without adapters."""
+    strips: dict[str, int] = {}
+    for kind in Slot.KINDS:
+        linears = decoder.of_kind(kind)
+        targeted = {tuple(n for n, _, _ in m.parts if lora.targets(m.hub_name(n))) for m in linears}
+        if len(targeted) > 1 or any(isinstance(m, Int4Linear) for m in linears):
+            return {}
+        if width := fused.strip_width(lora.r * len(targeted.pop())):
+            strips[kind] = width
+    return strips
+
+
+def one_pack_steps(loader: Loader, per_epoch: Sequence[int], total: int) -> NDArray[np.int64]:
+    """int64 [N, 5]: (epoch, step, tokens, documents, supervised) of those of the run's steps that are one pack each;
+    by the plan alone, no batch is made."""
+    out = [np.zeros((0, 5), dtype=np.int64)]
+    for epoch, steps in enumerate(per_epoch):
+        count = min(steps, total)
+        total -= count
+        if not count:
+            break
+        plan = loader.steps(epoch)
+        starts, rows = plan.bounds[:count], plan.order[: plan.bounds[count]]
+        tokens = np.add.reduceat(loader.lengths[rows], starts)
+        documents = np.diff(plan.bounds[: count + 1])
+        supervised = np.add.reduceat(loader.rows.supervised[rows], starts)
+        whole = (tokens <= loader.tokens_per_pack) | (documents == 1)  # see `packing.packs`
+        columns = (np.full(count, epoch), np.arange(count), tokens, documents, supervised)
+        out.append(np.stack(columns, axis=1)[whole])
+    return np.concatenate(out)
+
+
+def quicken(
+    step: TrainStep, loader: Loader, per_epoch: Sequence[int], total: int
+) -> tuple[TrainStep | graph.CapturedStep, str]:
+    """(the step, captured where it can be; a line that says so). The run is where it begins: what a checkpoint holds
+    has been read. All of the run's steps count, also those already done, so that a resumed run computes the same."""
+    if step.decoder.stack is None:
+        return step, f"plain step: {why_plain(step.decoder)}"
+    plan = one_pack_steps(loader, per_epoch, total)
+    if not len(plan):
+        return step, "plain step: every step is several packs; raise --tokens_per_pack to have it captured"
+    sizes = [(t, d, s) for t, d, s in plan[:, 2:].tolist()]
+    capacities = graph.capacities(sizes)
+    samples = []
+    for capacity in capacities:
+        fits = (plan[:, 2] <= capacity.tokens) & (plan[:, 4] <= capacity.positions)
+        epoch, number = plan[np.where(fits, plan[:, 2], 0).argmax(), :2].tolist()
+        samples.append(loader.batch(epoch, number).packs[0])
+    captured = graph.capture(step, capacities, samples, int(loader.lengths.max()))
+    several = total - len(plan)
+    loader.pin = loader.pin and several > 0  # a captured step copies from pinned memory of its own
+    return captured, _said(sizes, capacities, several)
+
+
+def _said(sizes: Sequence[tuple[int, int, int]], capacities: Sequence[graph.Capacity], several: int) -> str:
+    edges = np.array([c.tokens for c in capacities][::-1])
+    tokens = np.array([t for t, _, _ in sizes])
+    padding = edges[np.searchsorted(edges, tokens)].sum() / tokens.sum() - 1
+    noun = "capacity" if len(capacities) == 1 else "capacities"
+    line = f"captured: {len(capacities)} {noun} up to {edges[-1]:,} tokens, {100 * padding:.0f} % padding"
+    return f"{line}; {several:,} steps of several packs run plain" if several else line
+
+
+def batches(
+    make: Callable[[int, int], StepBatch], places: Iterable[Place], ahead: bool
+) -> Generator[tuple[Place, StepBatch], None, None]:
+    """(place, batch) one after the other. ahead: a thread makes the next one meanwhile; what goes wrong there is raised
+    when its turn has come. Close the generator to end the thread."""
+    if not ahead:
+        for place in places:
+            yield place, make(*place)
+        return
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as pool:
+        coming: tuple[Place, Future[StepBatch]] | None = None
+        for place in places:
+            now, coming = coming, (place, pool.submit(make, *place))
+            if now is not None:
+                yield now[0], now[1].result()
+        if coming is not None:
+            yield coming[0], coming[1].result()
