@@ -22,7 +22,17 @@ from torch import Tensor, nn
 
 from minitune.model import kernels
 from minitune.model.decoder import Decoder, Layer, Linear
-from minitune.model.fused_ops import Slot, grads, input_back, norm_back, norm_in, silu_mul, silu_mul_back, strip
+from minitune.model.fused_ops import (
+    Slot,
+    grads,
+    input_back,
+    next_power_of_2,
+    norm_back,
+    norm_in,
+    silu_mul,
+    silu_mul_back,
+    strip,
+)
 from minitune.model.lora import Dropout
 from minitune.model.rope import rotate
 
@@ -31,10 +41,7 @@ STRIP = 64  # strips are multiples of this: rows stay aligned for the matrix uni
 
 def strip_width(rows_of_a: int) -> int:
     """The strip for this many rows of A: a power of two, at least 64; 0 for none."""
-    width = STRIP if rows_of_a else 0
-    while width < rows_of_a:
-        width *= 2
-    return width
+    return max(STRIP, next_power_of_2(rows_of_a)) if rows_of_a else 0
 
 
 def why_not(decoder: Decoder) -> str:
