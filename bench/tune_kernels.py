@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -148,8 +149,10 @@ def attention(arguments: argparse.Namespace, qkv: torch.Tensor) -> None:
     cos = torch.rand(T, D // 2, device="cuda")
     out = torch.empty(T, HEADS * D, device="cuda", dtype=torch.bfloat16)
     delta = torch.rand(HEADS, T, device="cuda")
-    for block in (32, 64, 128):
-        kernels.BLOCK = block
+    kept = kernels.BLOCK, dict(kernels.ATTENTION)
+    for block, warps, registers in product((32, 64), (2, 4, 8), (0, 128, 168)):
+        options = {"num_warps": warps, "num_stages": 1} | ({"maxnreg": registers} if registers else {})
+        kernels.BLOCK, kernels.ATTENTION = block, {"forward": options, "backward": options}
         try:
             lse = kernels.attend_forward(qkv, cos, cos, cu, out, HEADS, HEADS, 0.125)
             there = microseconds(lambda: kernels.attend_forward(qkv, cos, cos, cu, out, HEADS, HEADS, 0.125))
@@ -157,9 +160,10 @@ def attention(arguments: argparse.Namespace, qkv: torch.Tensor) -> None:
                 lambda lse=lse: kernels.attend_backward(out, qkv, cos, cos, cu, delta, lse, HEADS, HEADS, 0.125)
             )
         except Exception as error:
-            print(f"attention {block}: {type(error).__name__}")
+            print(f"attention {block} {options}: {type(error).__name__}")
             continue
-        print(f"attention {block:4d}: forward {there:6.1f}  backward {back:6.1f} us, {len(lengths)} documents")
+        print(f"attention {block:4d} {options}: forward {there:6.1f}  backward {back:6.1f} us")
+    kernels.BLOCK, kernels.ATTENTION = kept
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from minitune.model import kernels
 from minitune.model.decoder import Decoder, Layer, Linear
 from minitune.model.fused_ops import (
+    Beside,
     Slot,
     grads,
     input_back,
@@ -117,6 +118,7 @@ class FusedStack:
         self.shadow = torch.empty_like(self.flat.data, dtype=decoder.dtype)
         self.wide: dict[str, Tensor] = {}
         self.slots: list[dict[str, Slot]] = [{} for _ in decoder.layers]
+        self.beside = Beside(decoder.device)
         for kind in Slot.KINDS:
             self._place(kind)
         self._share()
@@ -222,30 +224,37 @@ class FusedStack:
     # Backward
 
     def layer_backward(self, i: int, d: Tensor, kept: Kept, ctx: Context) -> None:
-        """d, the gradient of the layer's result, becomes that of its input; the adapters' gradients are added."""
-        slots, layer, drop, m = self.slots[i], self.layer(i), ctx.drop, self.gain
+        """d, the gradient of the layer's result, becomes that of its input; the adapters' gradients are added, those
+        of q|k|v until the next `beside.join`. The first layer's input needs no gradient: d is worthless then."""
+        slots, layer, drop, m, beside = self.slots[i], self.layer(i), ctx.drop, self.gain, self.beside
         qkv_, o_, gate_up_, down_ = (slots[kind] for kind in Slot.KINDS)
         rstd, n, gate_up = kept.mlp or self.mlp(i, kept.x2, None, ctx)[1]
-        d_act = down_.backward(d)
+        d_act = down_.backward(d, beside)
         if down_.R:
+            beside.join()
             grads(d, self.activated(i, gate_up, ctx), d_act, down_, drop, m)
         silu_mul_back(gate_up, d_act, down_, drop, m)  # gate_up holds its gradient now
         del d_act
-        d_n = gate_up_.backward(gate_up)
+        d_n = gate_up_.backward(gate_up, beside)
         if gate_up_.R:
+            beside.join()
             grads(gate_up, n, d_n, gate_up_, drop, 1.0)
         del gate_up
         norm_back(d, d_n, gate_up_, drop, kept.x2, rstd, layer.mlp_norm)
 
         rstd, n, qkv, state, out = kept.attention or self.attention(i, kept.x1, None, ctx)[1]
-        d_out = o_.backward(d)
+        d_out = o_.backward(d, beside)
         if o_.R:
-            grads(d, out, d_out, o_, drop, m)
+            with beside(d, out, d_out):
+                grads(d, out, d_out, o_, drop, m)
         d_qkv = self.attention_backward(i, d_out, qkv, state, out, ctx)
-        d_n = qkv_.backward(d_qkv)
+        d_n = qkv_.backward(d_qkv, beside, needs_dx=i > 0)
+        beside.join()  # d is about to change, and the norm needs dh
         if qkv_.R:
-            grads(d_qkv, n, d_n, qkv_, drop, 1.0)
-        norm_back(d, d_n, qkv_, drop, kept.x1, rstd, layer.attn_norm)
+            with beside(d_qkv, n, d_n):
+                grads(d_qkv, n, d_n, qkv_, drop, 1.0)
+        if i > 0:
+            norm_back(d, d_n, qkv_, drop, kept.x1, rstd, layer.attn_norm)
 
     def attention_backward(self, i: int, d_out: Tensor, qkv: Tensor, state: Any, out: Tensor, ctx: Context) -> Tensor:
         attn, o = self.layer(i).attn, self.slots[i]["attn.o"]
@@ -284,4 +293,5 @@ class _Layers(torch.autograd.Function):
         d = grads[0].clone(memory_format=torch.contiguous_format)
         for i in reversed(range(len(ctx.kept))):
             ctx.stack.layer_backward(i, d, ctx.kept.pop(), ctx.context)
+        ctx.stack.beside.join()
         return None, None, None, None

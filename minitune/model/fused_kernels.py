@@ -61,7 +61,7 @@ if AVAILABLE:
         weight = tl.load(weight_ptr + c, mask=c < H, other=0.0).to(kind)
         tl.store(out_ptr + t * (H + R) + c, (wide * rstd).to(kind) * weight, mask=c < H)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["tokens", "span"])
     def _strip_parts(
         x_ptr, a_ptr, drop_ptr, site_ptr, part_ptr, tokens, span,
         X: tl.constexpr, R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, DROP: tl.constexpr,
@@ -86,7 +86,7 @@ if AVAILABLE:
         place = (tl.program_id(1) * tokens + t)[:, None] * Q + p
         tl.store(part_ptr + place, h, mask=ok[:, None])
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["tokens", "spans"])
     def _strip(
         x_ptr, part_ptr, s, tokens, spans,
         X: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, BT: tl.constexpr,
@@ -131,7 +131,7 @@ if AVAILABLE:
         x = tl.load(x_ptr + t[:, None] * H + c, mask=ok[:, None] & (c < H)[None, :], other=0.0)
         return g, x.to(tl.float32)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["tokens"])
     def _along(
         dx_ptr, a_ptr, drop_ptr, site_ptr, s, x_ptr, weight_ptr, part_ptr, tokens,
         H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, DROP: tl.constexpr,
@@ -144,7 +144,7 @@ if AVAILABLE:
         g, x = _normed_back(dx_ptr, a_ptr, drop_ptr, site_ptr, s, x_ptr, weight_ptr, t, ok, c, H, R, P, Q, DROP)
         tl.store(part_ptr + tl.program_id(1) * tokens + t, tl.sum(g * x, 1), mask=ok)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["tokens"])
     def _norm_back(
         d_ptr, dx_ptr, a_ptr, drop_ptr, site_ptr, s, x_ptr, rstd_ptr, weight_ptr, part_ptr, tokens,
         H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, DROP: tl.constexpr,
@@ -167,13 +167,26 @@ if AVAILABLE:
         tl.store(d_ptr + t[:, None] * H + c, d.to(d_ptr.dtype.element_ty), mask=there)
 
     @triton.jit
+    def _plain_norm_back(d_ptr, dx_ptr, x_ptr, rstd_ptr, weight_ptr, H: tl.constexpr, BH: tl.constexpr):
+        """The same where no adapter is, in one pass: a row a program, BH >= H."""
+        t = tl.program_id(0).to(tl.int64)
+        c = tl.arange(0, BH)
+        g = tl.load(dx_ptr + t * H + c, mask=c < H, other=0.0).to(tl.float32)
+        g *= tl.load(weight_ptr + c, mask=c < H, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + t * H + c, mask=c < H, other=0.0).to(tl.float32)
+        d = tl.load(d_ptr + t * H + c, mask=c < H, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + t)
+        d += rstd * (g - x * (tl.sum(g * x, 0) * rstd * rstd / H))
+        tl.store(d_ptr + t * H + c, d.to(d_ptr.dtype.element_ty), mask=c < H)
+
+    @triton.jit(do_not_specialize=["tokens"])
     def _input_back(
         dx_ptr, out_ptr, delta_ptr, y_ptr, a_ptr, drop_ptr, site_ptr, s, gain, tokens,
-        X: tl.constexpr, R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, DROP: tl.constexpr, DELTA: tl.constexpr,
+        X: tl.constexpr, R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, DROP: tl.constexpr,
         BT: tl.constexpr, BH: tl.constexpr,
     ):  # fmt: skip
-        """out [T, X] = gain · the gradient of x; with DELTA also, for each head (BH columns), delta [N, T] = Σ out · y,
-        which attention's backward begins with; y [T, X + R] is what attention gave."""
+        """out [T, X] = gain · the gradient of x; for each head (BH columns), delta [N, T] = Σ out · y, which
+        attention's backward begins with; y [T, X + R] is what attention gave."""
         t = tl.program_id(0) * BT + tl.arange(0, BT)
         ok = t < tokens
         c = tl.program_id(1) * BH + tl.arange(0, BH)
@@ -181,12 +194,11 @@ if AVAILABLE:
         d = gain * _through_lora(dx_ptr, a_ptr, drop_ptr, site_ptr, s, t, ok, c, X, R, P, Q, DROP)
         d = d.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + t[:, None] * X + c, d, mask=there)
-        if DELTA:
-            y = tl.load(y_ptr + t[:, None] * (X + R) + c, mask=there, other=0.0)
-            delta = tl.sum(d.to(tl.float32) * y.to(tl.float32), 1)
-            tl.store(delta_ptr + tl.program_id(1) * tokens + t, delta, mask=ok)
+        y = tl.load(y_ptr + t[:, None] * (X + R) + c, mask=there, other=0.0)
+        delta = tl.sum(d.to(tl.float32) * y.to(tl.float32), 1)
+        tl.store(delta_ptr + tl.program_id(1) * tokens + t, delta, mask=ok)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["tokens"])
     def _grads(
         dy_ptr, x_ptr, dx_ptr, drop_ptr, site_ptr, part_ptr, row_ptr, da_ptr, db_ptr, s, gain, tokens,
         X: tl.constexpr, Y: tl.constexpr, R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, r: tl.constexpr,
@@ -229,7 +241,7 @@ if AVAILABLE:
             spot = p[:, None] * X + c
             tl.store(da_ptr + spot, tl.load(da_ptr + spot, mask=there, other=0.0) + gain * s * total, mask=there)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["tokens"])
     def _silu_mul(gu_ptr, out_ptr, tokens, F: tl.constexpr, R: tl.constexpr, B: tl.constexpr):
         t = tl.program_id(0)
         c = tl.program_id(1) * B + tl.arange(0, B)
@@ -239,7 +251,7 @@ if AVAILABLE:
         act = (wide / (1.0 + tl.exp(-wide))).to(g.dtype) * u
         tl.store(out_ptr + t * (F + R) + c, act, mask=c < F)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["tokens"])
     def _silu_mul_back(
         gu_ptr, dx_ptr, a_ptr, drop_ptr, site_ptr, s, gain, tokens,
         F: tl.constexpr, R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, DROP: tl.constexpr,

@@ -1,7 +1,9 @@
-"""A launch each: the kernels of `fused_kernels` on tensors. Legend as there."""
+"""The kernels of `fused_kernels` on tensors, a launch or two each. Legend as there."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from minitune.model import fused_kernels as fk
 from minitune.model.decoder import Linear
+from minitune.model.kernels import launch
 
 
 def next_power_of_2(n: int) -> int:
@@ -36,6 +39,33 @@ TILES = {
 }
 
 
+class Beside:
+    """A second stream, for work that the chain of gradients does not wait for: it fills what the multiplications leave
+    idle. On the CPU it happens at once."""
+
+    def __init__(self, device: torch.device):
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.held: list[tuple[Tensor, ...]] = []
+
+    @contextmanager
+    def __call__(self, *held: Tensor) -> Iterator[None]:
+        """What is launched inside runs beside what follows, until `join`. held: all that it reads and writes of the
+        current stream's memory, which would be handed out again too early."""
+        if self.stream is None:
+            yield
+            return
+        self.held.append(held)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            yield
+
+    def join(self) -> None:
+        """The current stream waits for all of it."""
+        if self.stream is not None and self.held:
+            torch.cuda.current_stream().wait_stream(self.stream)
+            self.held.clear()
+
+
 class Slot:
     """One linear of one layer with what its adapter needs; R = P = Q = r = 0 where there is none."""
 
@@ -57,13 +87,15 @@ class Slot:
     def forward(self, x_TX: Tensor) -> Tensor:
         return torch.mm(x_TX, self.wide.t())
 
-    def backward(self, dy_TY: Tensor) -> Tensor:
-        """[dx | dh] [T, X + R]."""
-        if self.R == 0 or self.Y < SPLIT:
+    def backward(self, dy_TY: Tensor, beside: Beside, needs_dx: bool = True) -> Tensor:
+        """[dx | dh] [T, X + R]; dx is left as it is where nobody needs it."""
+        if self.R == 0 or (self.Y < SPLIT and needs_dx):
             return torch.mm(dy_TY, self.wide)
         out = torch.empty(dy_TY.shape[0], self.X + self.R, dtype=dy_TY.dtype, device=dy_TY.device)
-        torch.mm(dy_TY, self.wide[:, : self.X], out=out[:, : self.X])
-        torch.mm(dy_TY, self.wide[:, self.X :], out=out[:, self.X :])
+        with beside(dy_TY, out):
+            torch.mm(dy_TY, self.wide[:, self.X :], out=out[:, self.X :])
+        if needs_dx:
+            torch.mm(dy_TY, self.wide[:, : self.X], out=out[:, : self.X])
         return out
 
 
@@ -79,7 +111,8 @@ def norm_in(
     total = torch.empty_like(x) if y is not None else x
     out = torch.empty(tokens, width + slot.R, dtype=x.dtype, device=x.device)
     rstd = torch.empty(tokens, dtype=torch.float32, device=x.device)
-    fk._norm_in[(tokens,)](
+    launch(
+        fk._norm_in, (tokens,),
         x, y if y is not None else x, gain, norm.weight, total, out, rstd, norm.eps,
         H=width, R=slot.R, SUM=y is not None, BH=next_power_of_2(width), num_warps=TILES["norm_in"].warps,
     )  # fmt: skip
@@ -96,11 +129,15 @@ def strip(x: Tensor, slot: Slot, drop: Tensor | None) -> None:
     span = tile.columns * -(-columns // max(1, min(columns, PROGRAMS // rows)))
     spans = -(-slot.X // span)
     parts = torch.empty(spans, tokens, slot.Q, dtype=torch.float32, device=x.device)
-    fk._strip_parts[(rows, spans)](
+    launch(
+        fk._strip_parts, (rows, spans),
         x, slot.a, _or(drop, x), slot.site, parts, tokens, span, X=slot.X, R=slot.R, P=slot.P, Q=slot.Q,
         DROP=drop is not None, BT=tile.rows, BH=tile.columns, num_warps=tile.warps,
     )  # fmt: skip
-    fk._strip[(-(-tokens // 4),)](x, parts, slot.s, tokens, spans, X=slot.X, R=slot.R, Q=slot.Q, BT=4, num_warps=2)
+    launch(
+        fk._strip, (-(-tokens // 4),),
+        x, parts, slot.s, tokens, spans, X=slot.X, R=slot.R, Q=slot.Q, BT=4, num_warps=2,
+    )  # fmt: skip
 
 
 def silu_mul(gate_up: Tensor, slot: Slot) -> Tensor:
@@ -108,9 +145,10 @@ def silu_mul(gate_up: Tensor, slot: Slot) -> Tensor:
     tile = TILES["silu_mul"]
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(tokens, width + slot.R, dtype=gate_up.dtype, device=gate_up.device)
-    fk._silu_mul[_grid(tokens, width, tile)](
-        gate_up, out, tokens, F=width, R=slot.R, B=tile.columns, num_warps=tile.warps
-    )
+    launch(
+        fk._silu_mul, _grid(tokens, width, tile),
+        gate_up, out, tokens, F=width, R=slot.R, B=tile.columns, num_warps=tile.warps,
+    )  # fmt: skip
     return out
 
 
@@ -118,7 +156,8 @@ def silu_mul_back(gate_up: Tensor, dx: Tensor, slot: Slot, drop: Tensor | None, 
     """gate_up becomes gain · its gradient."""
     tile = TILES["silu_mul_back"]
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
-    fk._silu_mul_back[_grid(tokens, width, tile)](
+    launch(
+        fk._silu_mul_back, _grid(tokens, width, tile),
         gate_up, dx, slot.a, _or(drop, dx), slot.site, slot.s, gain, tokens,
         F=width, R=slot.R, P=slot.P, Q=slot.Q, DROP=drop is not None,
         BT=tile.rows, BH=tile.columns, num_warps=tile.warps,
@@ -128,13 +167,19 @@ def silu_mul_back(gate_up: Tensor, dx: Tensor, slot: Slot, drop: Tensor | None, 
 def norm_back(d: Tensor, dx: Tensor, slot: Slot, drop: Tensor | None, x: Tensor, rstd: Tensor, norm: Any) -> None:
     """d += the gradient of the norm's input."""
     tile, tokens = TILES["norm_back"], d.shape[0]
+    if not slot.R:
+        launch(
+            fk._plain_norm_back, (tokens,),
+            d, dx, x, rstd, norm.weight, H=slot.X, BH=next_power_of_2(slot.X), num_warps=TILES["norm_in"].warps,
+        )  # fmt: skip
+        return
     grid = _grid(tokens, slot.X, tile)
     parts = torch.empty(grid[1], tokens, dtype=torch.float32, device=d.device)
     lora = (dx, slot.a, _or(drop, d), slot.site, slot.s, x)
     shape = {"H": slot.X, "R": slot.R, "P": slot.P, "Q": slot.Q, "DROP": drop is not None}
     shape |= {"BT": tile.rows, "BH": tile.columns, "num_warps": tile.warps}
-    fk._along[grid](*lora, norm.weight, parts, tokens, **shape)
-    fk._norm_back[grid](d, *lora, rstd, norm.weight, parts, tokens, **shape)
+    launch(fk._along, grid, *lora, norm.weight, parts, tokens, **shape)
+    launch(fk._norm_back, grid, d, *lora, rstd, norm.weight, parts, tokens, **shape)
 
 
 def input_back(
@@ -145,9 +190,10 @@ def input_back(
     tokens = dx.shape[0]
     out = torch.empty(tokens, slot.X, dtype=dx.dtype, device=dx.device)
     delta = torch.empty(slot.X // head_dim, tokens, dtype=torch.float32, device=dx.device)
-    fk._input_back[_grid(tokens, slot.X, tile._replace(columns=head_dim))](
+    launch(
+        fk._input_back, _grid(tokens, slot.X, tile._replace(columns=head_dim)),
         dx, out, delta, y, slot.a, _or(drop, dx), slot.site, slot.s, gain, tokens,
-        X=slot.X, R=slot.R, P=slot.P, Q=slot.Q, DROP=drop is not None, DELTA=True,
+        X=slot.X, R=slot.R, P=slot.P, Q=slot.Q, DROP=drop is not None,
         BT=tile.rows, BH=head_dim, num_warps=tile.warps,
     )  # fmt: skip
     return out, delta
@@ -156,7 +202,8 @@ def input_back(
 def grads(dy: Tensor, x: Tensor, dx: Tensor, slot: Slot, drop: Tensor | None, gain: float) -> None:
     """Adds the gradients of A and B. dy [T, Y], x [T, X + R] with its strip, dx [T, X + R] with that of dh."""
     tile = TILES["grads"]
-    fk._grads[(-(-slot.Y // tile.columns) + -(-slot.X // tile.columns),)](
+    launch(
+        fk._grads, (-(-slot.Y // tile.columns) + -(-slot.X // tile.columns),),
         dy, x, dx, _or(drop, x), slot.site, slot.part, slot.row, slot.da, slot.db, slot.s, gain, x.shape[0],
         X=slot.X, Y=slot.Y, R=slot.R, P=slot.P, Q=slot.Q, r=slot.r, DROP=drop is not None,
         BT=tile.rows, BC=tile.columns, num_warps=tile.warps,

@@ -11,6 +11,12 @@ V vocabulary. Importing this module needs Triton; `AVAILABLE` says whether it is
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,6 +30,11 @@ except ImportError:  # the CPU builds of PyTorch come without it
 
 BLOCK = 64  # tokens a tile of attention; most documents are one, so that loads have nothing to run ahead of
 LONGEST = 512  # tokens a document for which the short-document kernel is chosen
+# Warps and registers a thread: fewer registers keep more programs on a processor, and most of the time is waiting.
+ATTENTION: dict[str, dict[str, int]] = {
+    "forward": {"num_warps": 4, "num_stages": 1},
+    "backward": {"num_warps": 4, "num_stages": 1},
+}
 
 
 if AVAILABLE:
@@ -68,7 +79,7 @@ if AVAILABLE:
         tl.store(ptr + rows[:, None] * stride + f, (d1 * cos + d2 * sin).to(kind), mask=ok[:, None])
         tl.store(ptr + rows[:, None] * stride + F + f, (d2 * cos - d1 * sin).to(kind), mask=ok[:, None])
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["tokens", "documents"])
     def _forward(
         qkv_ptr, cos_ptr, sin_ptr, cu_ptr, out_ptr, lse_ptr, tokens, documents, scale, out_stride,
         N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, S: tl.constexpr, B: tl.constexpr,
@@ -105,75 +116,84 @@ if AVAILABLE:
             tl.store(lse_ptr + head * tokens + i, top + tl.log2(total), mask=ok)
 
     @triton.jit
+    def _scores(q1, q2, k1, k2, do, v, delta, lse, i, j, ok, there, scale):
+        """(weights, their gradient before the softmax) of query rows i and key rows j, in q's dtype."""
+        s = (_dot(q1, tl.trans(k1)) + _dot(q2, tl.trans(k2))) * (scale * 1.4426950408889634)
+        seen = (j[None, :] <= i[:, None]) & there[None, :] & ok[:, None]
+        p = tl.where(seen, tl.exp2(s - lse[:, None]), 0.0)
+        ds = p * (_dot(do, tl.trans(v)) - delta[:, None]) * scale
+        return p.to(q1.dtype), ds.to(q1.dtype)
+
+    @triton.jit
+    def _query_side(
+        qkv_ptr, cos_ptr, sin_ptr, delta_ptr, lse_ptr, dout_ptr, head, i, ok, tokens,
+        stride: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    ):  # fmt: skip
+        """What backward needs of one head's query rows: both halves of q, d out, delta, log2-sum-exp."""
+        q1, q2 = _rotated(qkv_ptr + head * D, cos_ptr, sin_ptr, i, ok, stride, D // 2)
+        do = tl.load(dout_ptr + i[:, None] * (N * D) + head * D + tl.arange(0, D), mask=ok[:, None], other=0.0)
+        delta = tl.load(delta_ptr + head * tokens + i, mask=ok, other=0.0)
+        lse = tl.load(lse_ptr + head * tokens + i, mask=ok, other=0.0)
+        return q1, q2, do, delta, lse
+
+    @triton.jit(do_not_specialize=["tokens", "documents"])
     def _backward(
         qkv_ptr, cos_ptr, sin_ptr, cu_ptr, delta_ptr, lse_ptr, dout_ptr, dqkv_ptr, tokens, documents, scale,
         N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, S: tl.constexpr, B: tl.constexpr,
     ):  # fmt: skip
         """One program a (block, key head) for dk and dv, and one a (block, query head) for dq. Where a document is one
-        block and each query head has its own keys, the former's scores are all there is: it stores dq too."""
+        block, the former's scores are all there is: it stores dq too."""
         F: tl.constexpr = D // 2
         G: tl.constexpr = N // K
         stride: tl.constexpr = (N + 2 * K) * D
         task = tl.program_id(1)
         first, last, place = _locate(cu_ptr, documents, tl.program_id(0), S, B)
-        d = tl.arange(0, D)
-        log2e_scale = scale * 1.4426950408889634
-        if last > 0:
-            mine = first + place * B + tl.arange(0, B)
-            ok = mine < last
-            if (task < N) & ((G > 1) | (last - first > B)):
-                head = task
-                kv = head // G
-                q1, q2 = _rotated(qkv_ptr + head * D, cos_ptr, sin_ptr, mine, ok, stride, F)
-                at = mine[:, None] * (N * D) + head * D + d
-                do = tl.load(dout_ptr + at, mask=ok[:, None], other=0.0)
-                delta = tl.load(delta_ptr + head * tokens + mine, mask=ok, other=0.0)
-                lse = tl.load(lse_ptr + head * tokens + mine, mask=ok, other=0.0)
-                dq1 = tl.zeros((B, F), tl.float32)
-                dq2 = tl.zeros((B, F), tl.float32)
-                for block in range(0, place + 1):
-                    j = first + block * B + tl.arange(0, B)
-                    there = j < last
-                    k1, k2 = _rotated(qkv_ptr + (N + kv) * D, cos_ptr, sin_ptr, j, there, stride, F)
-                    v = tl.load(qkv_ptr + (N + K + kv) * D + j[:, None] * stride + d, mask=there[:, None], other=0.0)
-                    s = (_dot(q1, tl.trans(k1)) + _dot(q2, tl.trans(k2))) * log2e_scale
-                    seen = (j[None, :] <= mine[:, None]) & there[None, :] & ok[:, None]
-                    p = tl.where(seen, tl.exp2(s - lse[:, None]), 0.0)
-                    ds = (p * (_dot(do, tl.trans(v)) - delta[:, None]) * scale).to(k1.dtype)
-                    dq1 += _dot(ds, k1)
-                    dq2 += _dot(ds, k2)
-                _store_unrotated(dqkv_ptr + head * D, cos_ptr, sin_ptr, mine, ok, stride, dq1, dq2, F)
-            if task >= N:
-                kv = task - N
-                k1, k2 = _rotated(qkv_ptr + (N + kv) * D, cos_ptr, sin_ptr, mine, ok, stride, F)
-                v = tl.load(qkv_ptr + (N + K + kv) * D + mine[:, None] * stride + d, mask=ok[:, None], other=0.0)
-                dk1 = tl.zeros((B, F), tl.float32)
-                dk2 = tl.zeros((B, F), tl.float32)
-                dv = tl.zeros((B, D), tl.float32)
-                for block in range(place, (last - first + B - 1) // B):
-                    i = first + block * B + tl.arange(0, B)
-                    there = i < last
-                    for g in range(0, G):
-                        head = kv * G + g
-                        q1, q2 = _rotated(qkv_ptr + head * D, cos_ptr, sin_ptr, i, there, stride, F)
-                        at = i[:, None] * (N * D) + head * D + d
-                        do = tl.load(dout_ptr + at, mask=there[:, None], other=0.0)
-                        delta = tl.load(delta_ptr + head * tokens + i, mask=there, other=0.0)
-                        lse = tl.load(lse_ptr + head * tokens + i, mask=there, other=0.0)
-                        s = (_dot(q1, tl.trans(k1)) + _dot(q2, tl.trans(k2))) * log2e_scale
-                        seen = (mine[None, :] <= i[:, None]) & there[:, None] & ok[None, :]
-                        p = tl.where(seen, tl.exp2(s - lse[:, None]), 0.0)
-                        dv += _dot(tl.trans(p.to(do.dtype)), do)
-                        ds = (p * (_dot(do, tl.trans(v)) - delta[:, None]) * scale).to(q1.dtype)
-                        dk1 += _dot(tl.trans(ds), q1)
-                        dk2 += _dot(tl.trans(ds), q2)
-                        if (G == 1) & (last - first <= B):
-                            dq1 = _dot(ds, k1)
-                            dq2 = _dot(ds, k2)
-                            _store_unrotated(dqkv_ptr + head * D, cos_ptr, sin_ptr, i, there, stride, dq1, dq2, F)
-                _store_unrotated(dqkv_ptr + (N + kv) * D, cos_ptr, sin_ptr, mine, ok, stride, dk1, dk2, F)
-                kind = dqkv_ptr.dtype.element_ty
-                tl.store(dqkv_ptr + (N + K + kv) * D + mine[:, None] * stride + d, dv.to(kind), mask=ok[:, None])
+        one = last - first <= B
+        mine = first + place * B + tl.arange(0, B)
+        ok = mine < last
+        if (last > 0) & (task < K):
+            kv = task
+            k1, k2 = _rotated(qkv_ptr + (N + kv) * D, cos_ptr, sin_ptr, mine, ok, stride, F)
+            v_at = qkv_ptr + (N + K + kv) * D + mine[:, None] * stride + tl.arange(0, D)
+            v = tl.load(v_at, mask=ok[:, None], other=0.0)
+            dk1 = tl.zeros((B, F), tl.float32)
+            dk2 = tl.zeros((B, F), tl.float32)
+            dv = tl.zeros((B, D), tl.float32)
+            for at in range(place * G, (last - first + B - 1) // B * G):
+                i = first + at // G * B + tl.arange(0, B)
+                there = i < last
+                head = kv * G + at % G
+                q1, q2, do, delta, lse = _query_side(
+                    qkv_ptr, cos_ptr, sin_ptr, delta_ptr, lse_ptr, dout_ptr, head, i, there, tokens, stride, N, D
+                )
+                p, ds = _scores(q1, q2, k1, k2, do, v, delta, lse, i, mine, there, ok, scale)
+                dv += _dot(tl.trans(p), do)
+                dk1 += _dot(tl.trans(ds), q1)
+                dk2 += _dot(tl.trans(ds), q2)
+                if one:
+                    dq1, dq2 = _dot(ds, k1), _dot(ds, k2)
+                    _store_unrotated(dqkv_ptr + head * D, cos_ptr, sin_ptr, i, there, stride, dq1, dq2, F)
+            _store_unrotated(dqkv_ptr + (N + kv) * D, cos_ptr, sin_ptr, mine, ok, stride, dk1, dk2, F)
+            dv_at = dqkv_ptr + (N + K + kv) * D + mine[:, None] * stride + tl.arange(0, D)
+            tl.store(dv_at, dv.to(dqkv_ptr.dtype.element_ty), mask=ok[:, None])
+        if (task >= K) & (last - first > B):
+            head = task - K
+            kv = head // G
+            q1, q2, do, delta, lse = _query_side(
+                qkv_ptr, cos_ptr, sin_ptr, delta_ptr, lse_ptr, dout_ptr, head, mine, ok, tokens, stride, N, D
+            )
+            dq1 = tl.zeros((B, F), tl.float32)
+            dq2 = tl.zeros((B, F), tl.float32)
+            for block in range(0, place + 1):
+                j = first + block * B + tl.arange(0, B)
+                there = j < last
+                k1, k2 = _rotated(qkv_ptr + (N + kv) * D, cos_ptr, sin_ptr, j, there, stride, F)
+                v_at = qkv_ptr + (N + K + kv) * D + j[:, None] * stride + tl.arange(0, D)
+                v = tl.load(v_at, mask=there[:, None], other=0.0)
+                _, ds = _scores(q1, q2, k1, k2, do, v, delta, lse, mine, j, ok, there, scale)
+                dq1 += _dot(ds, k1)
+                dq2 += _dot(ds, k2)
+            _store_unrotated(dqkv_ptr + head * D, cos_ptr, sin_ptr, mine, ok, stride, dq1, dq2, F)
 
     @triton.jit
     def _cross_entropy(logits_ptr, targets_ptr, loss_ptr, vocab, width, stride, B: tl.constexpr, GRAD: tl.constexpr):
@@ -202,6 +222,29 @@ if AVAILABLE:
                 tl.store(logits_ptr + c, d.to(logits_ptr.dtype.element_ty), mask=c < width)
 
 
+_compiling: ContextVar[bool] = ContextVar("compiling", default=False)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Runs a kernel; inside `compiling` has it compiled instead."""
+    if _compiling.get():
+        kernel.warmup(*args, grid=grid, **options)
+    else:
+        kernel[grid](*args, **options)
+
+
+@contextmanager
+def compiling(threads: int) -> Iterator[None]:
+    """In this thread, launches only have their kernels compiled, by so many threads at once; at the end all are there.
+    Tensors may be on `meta`. A kernel that was compiled before is read from Triton's cache on disk."""
+    token = _compiling.set(True)
+    try:
+        with ThreadPoolExecutor(threads, thread_name_prefix="compile") as pool, triton.AsyncCompileMode(pool):
+            yield
+    finally:
+        _compiling.reset(token)
+
+
 def _grid(tokens: int, documents: int, tasks: int) -> tuple[int, int]:
     return (-(-tokens // BLOCK) + documents, tasks)
 
@@ -220,9 +263,10 @@ def attend_forward(
     tokens, width = qkv_TX.shape
     head_dim, documents = width // (heads + 2 * kv_heads), cu_seqlens.numel() - 1
     lse = torch.empty(heads, tokens, dtype=torch.float32, device=qkv_TX.device)
-    _forward[_grid(tokens, documents, heads)](
+    launch(
+        _forward, _grid(tokens, documents, heads),
         qkv_TX, cos_TF, sin_TF, cu_seqlens, out, lse, tokens, documents, scale, out.stride(0),
-        N=heads, K=kv_heads, D=head_dim, S=triton.next_power_of_2(documents), B=BLOCK, num_warps=4, num_stages=1,
+        N=heads, K=kv_heads, D=head_dim, S=triton.next_power_of_2(documents), B=BLOCK, **ATTENTION["forward"],
     )  # fmt: skip
     return lse
 
@@ -235,9 +279,10 @@ def attend_backward(
     tokens, width = qkv_TX.shape
     head_dim, documents = width // (heads + 2 * kv_heads), cu_seqlens.numel() - 1
     dqkv = torch.empty_like(qkv_TX)
-    _backward[_grid(tokens, documents, heads + kv_heads)](
+    launch(
+        _backward, _grid(tokens, documents, heads + kv_heads),
         qkv_TX, cos_TF, sin_TF, cu_seqlens, delta, lse, dout, dqkv, tokens, documents, scale,
-        N=heads, K=kv_heads, D=head_dim, S=triton.next_power_of_2(documents), B=BLOCK, num_warps=4, num_stages=1,
+        N=heads, K=kv_heads, D=head_dim, S=triton.next_power_of_2(documents), B=BLOCK, **ATTENTION["backward"],
     )  # fmt: skip
     return dqkv
 
@@ -308,7 +353,8 @@ def cross_entropy_(logits_PW: Tensor, targets_P: Tensor, vocab: int, grad: bool)
     rows, width = logits_PW.shape
     loss = torch.empty(rows, dtype=torch.float32, device=logits_PW.device)
     if rows:
-        _cross_entropy[(rows,)](
-            logits_PW, targets_P, loss, vocab, width, logits_PW.stride(0), B=4096, GRAD=grad, num_warps=8
-        )
+        launch(
+            _cross_entropy, (rows,),
+            logits_PW, targets_P, loss, vocab, width, logits_PW.stride(0), B=4096, GRAD=grad, num_warps=8,
+        )  # fmt: skip
     return loss

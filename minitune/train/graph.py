@@ -153,25 +153,26 @@ class CapturedStep:
         self.contract: Contract | None = None
 
     def record(self, samples: Sequence[Pack]) -> None:
-        """Warms up (kernels are compiled) and captures, largest first, in one memory pool.
+        """Warms up with the largest (what is used for the first time is made ready, the optimizer's moments among it)
+        and captures all, largest first, in one memory pool.
 
         The warm-up's loss is made NaN, and the gate that keeps bad values out leaves all that learns as it was.
         """
         step, pool = self.step, torch.cuda.graph_pool_handle()
         index, scale = step.step_index.clone(), step.loss_scale and step.loss_scale.state_dict()
         kept = {k: v.clone() for k, v in scale.items()} if scale else None
+        self.graphs[0].fill(samples[0])
+        self.share.fill_(float("nan"))
         side = torch.cuda.Stream()
-        for graph, sample in zip(self.graphs, samples, strict=True):
-            graph.fill(sample)
-            self.share.fill_(float("nan"))
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                graph.run(step)
-            torch.cuda.current_stream().wait_stream(side)
-            torch.cuda.synchronize()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self.graphs[0].run(step)
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
         step.step_index.copy_(index)
         if step.loss_scale is not None and kept is not None:
             step.loss_scale.load_state_dict(kept)
+        torch._C._cuda_clearCublasWorkspaces()  # those of the warm-up's streams; the captures have their own
         torch.cuda.empty_cache()
         for graph in self.graphs:
             with torch.cuda.graph(graph.graph, pool=pool):

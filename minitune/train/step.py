@@ -72,8 +72,9 @@ class TrainStep:
         self.decoder, self.optimizer, self.loss_scale = decoder, optimizer, loss_scale
         self.dropout, self.seed, self.max_grad_norm = dropout, seed, max_grad_norm
         self.step_index = torch.zeros((), dtype=torch.int64, device=decoder.device)
-        # On the CPU, logits that fit the cache; on a card, multiplications that fill it.
-        self.chunk = 256 if decoder.device.type == "cpu" else 2048
+        # On the CPU, logits that fit the cache; on a card, multiplications that fill it, smaller where memory is short.
+        sparing = decoder.stack is not None and not decoder.stack.keep
+        self.chunk = 256 if decoder.device.type == "cpu" or sparing else 2048
 
     def __call__(self, batch: StepBatch, rate: float) -> StepResult:
         device = self.decoder.device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install triton runs these in its interpreter)")
 
+from minitune.model import fused_ops, kernels  # noqa: E402
 from minitune.model.attention import PackedLayout  # noqa: E402
 from minitune.model.decoder import Decoder, DecoderConfig  # noqa: E402
 from minitune.model.fused import FusedStack, strip_width, why_not  # noqa: E402
+from minitune.model.fused_compile import launch_all  # noqa: E402
 from minitune.model.lora import Dropout, LoraConfig, attach  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -148,3 +151,31 @@ def test_what_is_not_fused_is_said() -> None:
     with pytest.raises(ValueError, match="differ"):
         FusedStack(decoder)
     assert [strip_width(n) for n in (0, 1, 64, 65, 200)] == [0, 64, 64, 128, 256]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("targets", [QKVO, "all-linear"])
+def test_kernels_compiled_early_are_those_that_run(
+    targets: tuple[str, ...] | str, keep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `fused_compile` launches on `meta` has the constants and dtypes of a pass over real tensors."""
+    seen: set[tuple[Any, ...]] = set()
+
+    def record(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        kinds = tuple(a.dtype if isinstance(a, Tensor) else type(a) for a in args)
+        seen.add((str(kernel.fn.__name__), kinds, tuple(options.items())))
+        if all(a.device.type != "meta" for a in args if isinstance(a, Tensor)):
+            kernel[grid](*args, **options)
+
+    monkeypatch.setattr(fused_ops, "launch", record)
+    monkeypatch.setattr(kernels, "launch", record)
+    decoder = decoder_of(SHAPE, targets, torch.float32)
+    assert decoder.lora_config is not None
+    decoder.stack = FusedStack(decoder, keep)
+    run(decoder, layout_of("short"), True)
+    ran = set(seen)
+    seen.clear()
+    with torch.no_grad():
+        launch_all(decoder.config, torch.float32, decoder.lora_config, len(LENGTHS), keep)
+    early = {one for one in seen if one[0] != "_cross_entropy"}
+    assert ran == early

@@ -146,6 +146,34 @@ def test_captured_steps_are_plain_steps(dtype: torch.dtype, close: float, near: 
         captured(batches[0], 1e-3)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("keep", [True, False])
+def test_what_is_compiled_early_is_not_compiled_again(keep: bool) -> None:
+    """A run's kernels, all and none in vain: a capture after `compile_kernels` compiles nothing."""
+    import triton
+
+    from minitune.model.fused_compile import compile_kernels
+
+    compiled: list[str] = []
+
+    def hook(*args: object, **more: object) -> None:
+        compiled.append(str(more["fn"]))
+
+    step = fused_on("cuda", torch.bfloat16, keep)
+    lora = step.decoder.lora_config
+    assert lora is not None
+    packed = packs(4)
+    [capacity] = graph.capacities([(p.tokens, len(p.lengths), p.supervised) for p in packed], most=1)
+    kept, triton.knobs.runtime.jit_post_compile_hook = triton.knobs.runtime.jit_post_compile_hook, hook
+    try:
+        compile_kernels(step.decoder.config, torch.bfloat16, lora, capacity.documents, keep)
+        early = len(compiled)
+        graph.capture(step, [capacity], [max(packed, key=lambda p: p.tokens)], longest=70)
+    finally:
+        triton.knobs.runtime.jit_post_compile_hook = kept
+    assert early > 10 and compiled[early:] == []
+
+
 def test_capacities_hold_every_size_with_little_padding() -> None:
     """Every size fits its capacity; six capacities on sizes like the real data's pad less than a tenth."""
     generator = torch.Generator().manual_seed(0)

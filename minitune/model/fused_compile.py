@@ -1,0 +1,46 @@
+"""The kernels of a fused run compiled while its data and weights are still on their way.
+
+Two layers of the run's shape pass forward and backward on `meta`, where tensors have no memory, and every launch only
+has its kernel compiled. What was guessed wrong is compiled when it is first launched, as everything was before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from minitune.model import kernels
+from minitune.model.attention import PackedLayout
+from minitune.model.decoder import Decoder, DecoderConfig
+from minitune.model.fused import Context, FusedStack
+from minitune.model.lora import LoraConfig, attach
+
+TOKENS = 128  # any number: kernels are not compiled for it
+
+
+def compile_kernels(
+    shape: DecoderConfig, dtype: torch.dtype, lora: LoraConfig, documents: int, keep: bool, threads: int = 8
+) -> None:
+    """For a step of so many documents of at most `kernels.LONGEST` tokens, on this thread's current card."""
+    with kernels.compiling(threads), torch.no_grad():
+        launch_all(shape, dtype, lora, documents, keep)
+
+
+def launch_all(shape: DecoderConfig, dtype: torch.dtype, lora: LoraConfig, documents: int, keep: bool) -> None:
+    """Every launch of a training step, each kind at least once, on `meta`."""
+    with torch.device("meta"):
+        decoder = Decoder(replace(shape, num_hidden_layers=2)).to(dtype)
+    attach(decoder, lora)
+    stack = FusedStack(decoder, keep)
+    with torch.device("meta"):
+        x, cos = torch.empty(TOKENS, shape.hidden_size, dtype=dtype), torch.empty(TOKENS, 1, shape.head_dim // 2)
+        cu_seqlens = torch.empty(documents + 1, dtype=torch.int32)
+        drop = torch.empty(2 + TOKENS, dtype=torch.int32) if lora.lora_dropout else None
+        logits = torch.empty(64, shape.vocab_size + -shape.vocab_size % 64, dtype=dtype)
+        targets = torch.empty(64, dtype=torch.int64)
+    ctx = Context(cos, cos, PackedLayout(cu_seqlens, kernels.LONGEST, (), "short"), drop)
+    x, y, _ = stack.layer_forward(0, x, None, ctx)
+    x, y, kept = stack.layer_forward(1, x, y, ctx)
+    stack.layer_backward(1, torch.empty_like(x), kept, ctx)
+    kernels.cross_entropy_(logits, targets, shape.vocab_size, grad=True)
