@@ -3,7 +3,7 @@
 Legend: T packed tokens, N query heads, K key/value heads, D head width, S documents (or slots).
 `varlen` is flash attention over variable lengths; `documents` goes document by document (CPU); `masked` is one
 call with a block-diagonal mask, of static shape (older cards, float32 on a card). `short` is the Triton kernel that
-rotates and attends in one launch (`kernels.rope_attention`). `reference` is the plain twin
+rotates and attends in one launch (`attention_kernels.rope_attention`). `reference` is the plain twin
 that all of them, and cached decoding, are tested against.
 """
 
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minitune.model import kernels
+from minitune.model import attention_kernels, kernels
 
 Kernel = Literal["short", "varlen", "documents", "masked"]
 
@@ -28,7 +28,7 @@ def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int = 0, l
         return "documents"
     flash = dtype in (torch.bfloat16, torch.float16)
     if flash and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8:
-        short = kernels.AVAILABLE and head_dim in (32, 64, 128) and 0 < longest <= kernels.LONGEST
+        short = kernels.AVAILABLE and head_dim in (32, 64, 128) and 0 < longest <= attention_kernels.LONGEST
         return "short" if short else "varlen"
     return "masked"
 

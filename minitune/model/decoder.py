@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minitune.model import kernels
+from minitune.model import attention_kernels
 from minitune.model.attention import PackedLayout
 from minitune.model.lora import Dropout, Lora, LoraConfig
 from minitune.model.packed import multiply
@@ -165,7 +165,7 @@ class Attention(nn.Module):
     def forward(self, x_TH: Tensor, cos: Tensor, sin: Tensor, layout: Any, dropout: Dropout | None) -> Tensor:
         qkv_TX = self.qkv(x_TH, dropout)
         if layout.kernel == "short":
-            y_TX, _ = kernels.rope_attention(
+            y_TX, _ = attention_kernels.rope_attention(
                 qkv_TX, cos[:, 0], sin[:, 0], layout.cu_seqlens, self.heads, self.kv_heads, self.scale
             )
             return self.o(y_TX, dropout)

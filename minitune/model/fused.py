@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from minitune.model import kernels
+from minitune.model.attention_kernels import attend_backward, attend_forward
 from minitune.model.decoder import Decoder, Layer, Linear
 from minitune.model.fused_ops import (
     Beside,
     Slot,
+    along_rows,
     grads,
     input_back,
     next_power_of_2,
@@ -33,6 +35,7 @@ from minitune.model.fused_ops import (
     silu_mul,
     silu_mul_back,
     strip,
+    strip_of_parts,
 )
 from minitune.model.lora import Dropout
 from minitune.model.rope import rotate
@@ -188,8 +191,14 @@ class FusedStack:
         o = slots["attn.o"]
         out = torch.empty(x.shape[0], o.X + o.R, dtype=x.dtype, device=x.device)
         if ctx.layout.kernel == "short":
-            cos, sin, cu = ctx.cos[:, 0], ctx.sin[:, 0], ctx.layout.cu_seqlens
-            state: Any = kernels.attend_forward(qkv, cos, sin, cu, out, attn.heads, attn.kv_heads, attn.scale)
+            behind = o.behind(ctx.drop, self.gain)
+            state: Any
+            state, parts = attend_forward(
+                qkv, ctx.cos[:, 0], ctx.sin[:, 0], ctx.layout.cu_seqlens, out,
+                attn.heads, attn.kv_heads, attn.scale, behind,
+            )  # fmt: skip
+            if o.R:
+                strip_of_parts(out, parts, o)
         else:
             heads = (attn.heads, attn.kv_heads, attn.kv_heads)
             with torch.enable_grad():
@@ -199,7 +208,7 @@ class FusedStack:
                 result = ctx.layout.attend(q, k, v, attn.scale).reshape(x.shape[0], -1)
             state = (leaf, result)
             out[:, : o.X] = result.detach()
-        strip(out, o, ctx.drop)
+            strip(out, o, ctx.drop)
         return x1, (rstd, n, qkv, state, out)
 
     def mlp(self, i: int, x: Tensor, y: Tensor | None, ctx: Context) -> tuple[Tensor, tuple[Any, ...]]:
@@ -233,39 +242,42 @@ class FusedStack:
         if down_.R:
             beside.join()
             grads(d, self.activated(i, gate_up, ctx), d_act, down_, drop, m)
-        silu_mul_back(gate_up, d_act, down_, drop, m)  # gate_up holds its gradient now
+        along = silu_mul_back(gate_up, d_act, down_, drop, m, gate_up_.R > 0)  # gate_up holds its gradient now
         del d_act
         d_n = gate_up_.backward(gate_up, beside)
         if gate_up_.R:
             beside.join()
             grads(gate_up, n, d_n, gate_up_, drop, 1.0)
         del gate_up
-        norm_back(d, d_n, gate_up_, drop, kept.x2, rstd, layer.mlp_norm)
+        norm_back(d, d_n, gate_up_, drop, kept.x2, rstd, layer.mlp_norm, along)
 
         rstd, n, qkv, state, out = kept.attention or self.attention(i, kept.x1, None, ctx)[1]
         d_out = o_.backward(d, beside)
         if o_.R:
             with beside(d, out, d_out):
                 grads(d, out, d_out, o_, drop, m)
-        d_qkv = self.attention_backward(i, d_out, qkv, state, out, ctx)
+        d_qkv, along = self.attention_backward(i, d_out, qkv, state, out, ctx)
         d_n = qkv_.backward(d_qkv, beside, needs_dx=i > 0)
         beside.join()  # d is about to change, and the norm needs dh
         if qkv_.R:
             with beside(d_qkv, n, d_n):
                 grads(d_qkv, n, d_n, qkv_, drop, 1.0)
         if i > 0:
-            norm_back(d, d_n, qkv_, drop, kept.x1, rstd, layer.attn_norm)
+            norm_back(d, d_n, qkv_, drop, kept.x1, rstd, layer.attn_norm, along)
 
-    def attention_backward(self, i: int, d_out: Tensor, qkv: Tensor, state: Any, out: Tensor, ctx: Context) -> Tensor:
+    def attention_backward(
+        self, i: int, d_out: Tensor, qkv: Tensor, state: Any, out: Tensor, ctx: Context
+    ) -> tuple[Tensor, Tensor]:
+        """(d qkv, shares of Σ d qkv · qkv of each row)."""
         attn, o = self.layer(i).attn, self.slots[i]["attn.o"]
-        d, delta = input_back(d_out, out, o, ctx.drop, self.gain, attn.head_dim)
         if ctx.layout.kernel == "short":
-            cos, sin, cu = ctx.cos[:, 0], ctx.sin[:, 0], ctx.layout.cu_seqlens
-            return kernels.attend_backward(
-                d, qkv, cos, sin, cu, delta, state, attn.heads, attn.kv_heads, attn.scale
+            return attend_backward(
+                d_out, qkv, ctx.cos[:, 0], ctx.sin[:, 0], ctx.layout.cu_seqlens, out, state,
+                attn.heads, attn.kv_heads, attn.scale, o.behind(ctx.drop, self.gain),
             )  # fmt: skip
         leaf, result = state
-        return torch.autograd.grad(result, leaf, d)[0]
+        d_qkv = torch.autograd.grad(result, leaf, input_back(d_out, o, ctx.drop, self.gain))[0]
+        return d_qkv, along_rows(d_qkv, qkv)
 
     @property
     def gain(self) -> float:

@@ -12,6 +12,7 @@ import torch
 
 from minitune.model import kernels
 from minitune.model.attention import PackedLayout
+from minitune.model.attention_kernels import LONGEST
 from minitune.model.decoder import Decoder, DecoderConfig
 from minitune.model.fused import Context, FusedStack
 from minitune.model.lora import LoraConfig, attach
@@ -22,7 +23,7 @@ TOKENS = 128  # any number: kernels are not compiled for it
 def compile_kernels(
     shape: DecoderConfig, dtype: torch.dtype, lora: LoraConfig, documents: int, keep: bool, threads: int = 8
 ) -> None:
-    """For a step of so many documents of at most `kernels.LONGEST` tokens, on this thread's current card."""
+    """For a step of so many documents of at most `LONGEST` tokens, on this thread's current card."""
     with kernels.compiling(threads), torch.no_grad():
         launch_all(shape, dtype, lora, documents, keep)
 
@@ -39,7 +40,7 @@ def launch_all(shape: DecoderConfig, dtype: torch.dtype, lora: LoraConfig, docum
         drop = torch.empty(2 + TOKENS, dtype=torch.int32) if lora.lora_dropout else None
         logits = torch.empty(64, shape.vocab_size + -shape.vocab_size % 64, dtype=dtype)
         targets = torch.empty(64, dtype=torch.int64)
-    ctx = Context(cos, cos, PackedLayout(cu_seqlens, kernels.LONGEST, (), "short"), drop)
+    ctx = Context(cos, cos, PackedLayout(cu_seqlens, LONGEST, (), "short"), drop)
     x, y, _ = stack.layer_forward(0, x, None, ctx)
     x, y, kept = stack.layer_forward(1, x, y, ctx)
     stack.layer_backward(1, torch.empty_like(x), kept, ctx)

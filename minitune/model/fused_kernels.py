@@ -18,28 +18,7 @@ if AVAILABLE:
     import triton
     import triton.language as tl
 
-    @triton.jit
-    def _mix32(x):
-        """`lora.mix32` on uint32."""
-        x = x ^ (x >> 16)
-        x = x * 0x7FEB352D
-        x = x ^ (x >> 15)
-        x = x * 0x846CA68B
-        return x ^ (x >> 16)
-
-    @triton.jit
-    def _kept(drop_ptr, site_ptr, rows, ok, columns):
-        """(which of these [rows, columns] dropout keeps, its scale): `lora.Dropout`, draw for draw.
-
-        drop_ptr: int32 [2 + T]: threshold, the bits of the float32 scale, the tokens' keys.
-        """
-        threshold = tl.load(drop_ptr)
-        scale = tl.load(drop_ptr + 1).to(tl.float32, bitcast=True)
-        key = tl.load(drop_ptr + 2 + rows, mask=ok, other=0).to(tl.uint32, bitcast=True)
-        site = _mix32(tl.load(site_ptr).to(tl.uint32, bitcast=True))
-        column = _mix32(columns.to(tl.uint32) ^ site)
-        draw = _mix32(key[:, None] ^ column[None, :]).to(tl.int32, bitcast=True)
-        return draw >= threshold, scale
+    from minitune.model.kernels import _kept, _through_lora
 
     @triton.jit
     def _norm_in(
@@ -89,82 +68,58 @@ if AVAILABLE:
     @triton.jit(do_not_specialize=["tokens", "spans"])
     def _strip(
         x_ptr, part_ptr, s, tokens, spans,
-        X: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, BT: tl.constexpr,
+        X: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, C: tl.constexpr, BT: tl.constexpr,
     ):  # fmt: skip
-        """Fills the strip of [x | h]: h = s · the sum of the parts."""
-        t = tl.program_id(0) * BT + tl.arange(0, BT)
-        p = tl.arange(0, R)
-        h = tl.zeros((BT, R), tl.float32)
-        for i in range(spans):
-            place = (i * tokens + t)[:, None] * Q + p
-            h += tl.load(part_ptr + place, mask=(t < tokens)[:, None] & (p < Q)[None, :], other=0.0)
-        tl.store(x_ptr + t[:, None] * (X + R) + X + p, (h * s).to(x_ptr.dtype.element_ty), mask=(t < tokens)[:, None])
-
-    @triton.jit
-    def _through_lora(
-        dx_ptr, a_ptr, drop_ptr, site_ptr, s, rows, ok, c,
-        X: tl.constexpr, R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, DROP: tl.constexpr,
-    ):  # fmt: skip
-        """These [rows, c] of the gradient of x: dx of [dx | dh], and dropout's other side of s · dh A. Float32."""
-        inside = ok[:, None] & (c < X)[None, :]
-        d = tl.load(dx_ptr + rows[:, None] * (X + R) + c, mask=inside, other=0.0)
-        out = d.to(tl.float32)
-        if R > 0:
-            p = tl.arange(0, Q)
-            dh = tl.load(dx_ptr + rows[:, None] * (X + R) + X + p, mask=ok[:, None], other=0.0)
-            a = tl.load(a_ptr + p[:, None] * X + c, mask=(p < P)[:, None] & (c < X)[None, :], other=0.0)
-            part = tl.dot(dh, a, input_precision="ieee") * s
-            if DROP:
-                kept, scale = _kept(drop_ptr, site_ptr, rows, ok, c)
-                part = tl.where(kept, part * scale, 0.0)
-            out += part
-        return out
-
-    @triton.jit
-    def _normed_back(
-        dx_ptr, a_ptr, drop_ptr, site_ptr, s, x_ptr, weight_ptr, t, ok, c,
-        H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, DROP: tl.constexpr,
-    ):  # fmt: skip
-        """(the gradient behind the norm's division, the norm's input) at these [t, c], float32."""
-        g = _through_lora(dx_ptr, a_ptr, drop_ptr, site_ptr, s, t, ok, c, H, R, P, Q, DROP)
-        g *= tl.load(weight_ptr + c, mask=c < H, other=0.0).to(tl.float32)[None, :]
-        x = tl.load(x_ptr + t[:, None] * H + c, mask=ok[:, None] & (c < H)[None, :], other=0.0)
-        return g, x.to(tl.float32)
-
-    @triton.jit(do_not_specialize=["tokens"])
-    def _along(
-        dx_ptr, a_ptr, drop_ptr, site_ptr, s, x_ptr, weight_ptr, part_ptr, tokens,
-        H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, DROP: tl.constexpr,
-        BT: tl.constexpr, BH: tl.constexpr,
-    ):  # fmt: skip
-        """part [H / BH, T]: over a block of columns, the product of the gradient behind the norm with its input."""
+        """Fills the strip of [x | h]: h = s · the sum of the parts [spans <= C, T, Q], and zeros behind it."""
         t = tl.program_id(0) * BT + tl.arange(0, BT)
         ok = t < tokens
-        c = tl.program_id(1) * BH + tl.arange(0, BH)
-        g, x = _normed_back(dx_ptr, a_ptr, drop_ptr, site_ptr, s, x_ptr, weight_ptr, t, ok, c, H, R, P, Q, DROP)
-        tl.store(part_ptr + tl.program_id(1) * tokens + t, tl.sum(g * x, 1), mask=ok)
+        p, i = tl.arange(0, Q), tl.arange(0, C)
+        place = (i[:, None, None] * tokens + t[None, :, None]) * Q + p[None, None, :]
+        there = (i < spans)[:, None, None] & ok[None, :, None]
+        h = tl.sum(tl.load(part_ptr + place, mask=there, other=0.0), 0) * s
+        strip = x_ptr + t[:, None] * (X + R) + X
+        tl.store(strip + p[None, :], h.to(x_ptr.dtype.element_ty), mask=ok[:, None])
+        rest = tl.arange(0, R)
+        zero = tl.zeros((BT, R), x_ptr.dtype.element_ty)
+        tl.store(strip + rest[None, :], zero, mask=ok[:, None] & (rest >= Q)[None, :])
 
-    @triton.jit(do_not_specialize=["tokens"])
+    @triton.jit(do_not_specialize=["tokens", "parts"])
     def _norm_back(
-        d_ptr, dx_ptr, a_ptr, drop_ptr, site_ptr, s, x_ptr, rstd_ptr, weight_ptr, part_ptr, tokens,
-        H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, DROP: tl.constexpr,
+        d_ptr, dx_ptr, a_ptr, drop_ptr, site_ptr, s, x_ptr, rstd_ptr, weight_ptr, along_ptr, tokens, parts,
+        H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, DROP: tl.constexpr, C: tl.constexpr,
         BT: tl.constexpr, BH: tl.constexpr,
     ):  # fmt: skip
-        """d += the gradient of RMSNorm's input: d [T, H] is the residual's own gradient, changed in place. part: what
-        `_along` gave."""
+        """d += the gradient of RMSNorm's input: d [T, H] is the residual's own gradient, changed in place.
+
+        along [parts <= C, T]: shares of Σ dy · y of a row, y being what the linear behind the norm gave. It is also the
+        sum over columns of the norm's result times its gradient, since y is linear in the former: no pass over the row
+        is needed first.
+        """
         t = tl.program_id(0) * BT + tl.arange(0, BT)
         ok = t < tokens
+        i = tl.arange(0, C)
+        along = tl.load(along_ptr + i[:, None] * tokens + t, mask=(i < parts)[:, None] & ok[None, :], other=0.0)
         rstd = tl.load(rstd_ptr + t, mask=ok, other=0.0)
-        along = tl.zeros((BT,), tl.float32)
-        for i in tl.static_range((H + BH - 1) // BH):
-            along += tl.load(part_ptr + i * tokens + t, mask=ok, other=0.0)
-        along *= rstd * rstd / H
+        back = tl.sum(along, 0) * rstd / H
         c = tl.program_id(1) * BH + tl.arange(0, BH)
         there = ok[:, None] & (c < H)[None, :]
-        g, x = _normed_back(dx_ptr, a_ptr, drop_ptr, site_ptr, s, x_ptr, weight_ptr, t, ok, c, H, R, P, Q, DROP)
+        g = _through_lora(dx_ptr, a_ptr, drop_ptr, site_ptr, s, t, ok, c, H, R, P, Q, DROP)
+        g *= tl.load(weight_ptr + c, mask=c < H, other=0.0).to(tl.float32)[None, :]
+        x = tl.load(x_ptr + t[:, None] * H + c, mask=there, other=0.0).to(tl.float32)
         d = tl.load(d_ptr + t[:, None] * H + c, mask=there, other=0.0).to(tl.float32)
-        d += rstd[:, None] * (g - x * along[:, None])
+        d += rstd[:, None] * (g - x * back[:, None])
         tl.store(d_ptr + t[:, None] * H + c, d.to(d_ptr.dtype.element_ty), mask=there)
+
+    @triton.jit
+    def _along(dy_ptr, y_ptr, along_ptr, Y: tl.constexpr, B: tl.constexpr):
+        """along [T] = Σ dy · y over each row."""
+        t = tl.program_id(0).to(tl.int64)
+        total = tl.zeros((B,), tl.float32)
+        for at in range(0, Y, B):
+            c = at + tl.arange(0, B)
+            dy = tl.load(dy_ptr + t * Y + c, mask=c < Y, other=0.0).to(tl.float32)
+            total += dy * tl.load(y_ptr + t * Y + c, mask=c < Y, other=0.0).to(tl.float32)
+        tl.store(along_ptr + t, tl.sum(total, 0))
 
     @triton.jit
     def _plain_norm_back(d_ptr, dx_ptr, x_ptr, rstd_ptr, weight_ptr, H: tl.constexpr, BH: tl.constexpr):
@@ -181,22 +136,17 @@ if AVAILABLE:
 
     @triton.jit(do_not_specialize=["tokens"])
     def _input_back(
-        dx_ptr, out_ptr, delta_ptr, y_ptr, a_ptr, drop_ptr, site_ptr, s, gain, tokens,
+        dx_ptr, out_ptr, a_ptr, drop_ptr, site_ptr, s, gain, tokens,
         X: tl.constexpr, R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, DROP: tl.constexpr,
         BT: tl.constexpr, BH: tl.constexpr,
     ):  # fmt: skip
-        """out [T, X] = gain · the gradient of x; for each head (BH columns), delta [N, T] = Σ out · y, which
-        attention's backward begins with; y [T, X + R] is what attention gave."""
+        """out [T, X] = gain · the gradient of x."""
         t = tl.program_id(0) * BT + tl.arange(0, BT)
         ok = t < tokens
         c = tl.program_id(1) * BH + tl.arange(0, BH)
-        there = ok[:, None] & (c < X)[None, :]
         d = gain * _through_lora(dx_ptr, a_ptr, drop_ptr, site_ptr, s, t, ok, c, X, R, P, Q, DROP)
-        d = d.to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + t[:, None] * X + c, d, mask=there)
-        y = tl.load(y_ptr + t[:, None] * (X + R) + c, mask=there, other=0.0)
-        delta = tl.sum(d.to(tl.float32) * y.to(tl.float32), 1)
-        tl.store(delta_ptr + tl.program_id(1) * tokens + t, delta, mask=ok)
+        there = ok[:, None] & (c < X)[None, :]
+        tl.store(out_ptr + t[:, None] * X + c, d.to(out_ptr.dtype.element_ty), mask=there)
 
     @triton.jit(do_not_specialize=["tokens"])
     def _grads(
@@ -253,11 +203,12 @@ if AVAILABLE:
 
     @triton.jit(do_not_specialize=["tokens"])
     def _silu_mul_back(
-        gu_ptr, dx_ptr, a_ptr, drop_ptr, site_ptr, s, gain, tokens,
-        F: tl.constexpr, R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, DROP: tl.constexpr,
+        gu_ptr, dx_ptr, along_ptr, a_ptr, drop_ptr, site_ptr, s, gain, tokens,
+        F: tl.constexpr, R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, DROP: tl.constexpr, ALONG: tl.constexpr,
         BT: tl.constexpr, BH: tl.constexpr,
     ):  # fmt: skip
-        """gate|up becomes gain · its gradient, in place; dx [T, F + R] is the gradient behind silu(gate) · up."""
+        """gate|up becomes gain · its gradient, in place; dx [T, F + R] is the gradient behind silu(gate) · up.
+        With ALONG, along [F / BH, T]: shares of Σ of both, see `_norm_back`."""
         t = tl.program_id(0) * BT + tl.arange(0, BT)
         ok = t < tokens
         c = tl.program_id(1) * BH + tl.arange(0, BH)
@@ -268,5 +219,8 @@ if AVAILABLE:
         u = tl.load(gu_ptr + at + F, mask=there, other=0.0).to(tl.float32)
         gate = 1.0 / (1.0 + tl.exp(-g))
         kind = gu_ptr.dtype.element_ty
-        tl.store(gu_ptr + at, (d * u * gate * (1.0 + g * (1.0 - gate))).to(kind), mask=there)
-        tl.store(gu_ptr + at + F, (d * g * gate).to(kind), mask=there)
+        dg, du = d * u * gate * (1.0 + g * (1.0 - gate)), d * g * gate
+        if ALONG:
+            tl.store(along_ptr + tl.program_id(1) * tokens + t, tl.sum(dg * g + du * u, 1), mask=ok)
+        tl.store(gu_ptr + at, dg.to(kind), mask=there)
+        tl.store(gu_ptr + at + F, du.to(kind), mask=there)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from minitune.model import fused_kernels as fk
+from minitune.model.attention_kernels import Behind
 from minitune.model.decoder import Linear
 from minitune.model.kernels import launch
 
@@ -32,7 +33,7 @@ TILES = {
     "norm_in": Tile(1, 0, 8),  # the columns are a row
     "strip": Tile(16, 128, 2),
     "norm_back": Tile(32, 128),
-    "input_back": Tile(32, 0, 2),  # the columns are a head
+    "input_back": Tile(32, 64, 2),
     "silu_mul": Tile(1, 1024),
     "silu_mul_back": Tile(16, 128, 8),
     "grads": Tile(64, 32),
@@ -84,6 +85,12 @@ class Slot:
             self.Q = max(16, next_power_of_2(self.P))
             self.site, (self.part, self.row) = linear.lora.site, rows
 
+    def behind(self, drop: Tensor | None, gain: float) -> Behind:
+        """What attention needs of the linear behind it."""
+        if not self.R:
+            return Behind(gain=gain)
+        return Behind(self.a, self.site, drop, self.s, gain, self.R, self.P, self.Q)
+
     def forward(self, x_TX: Tensor) -> Tensor:
         return torch.mm(x_TX, self.wide.t())
 
@@ -134,9 +141,15 @@ def strip(x: Tensor, slot: Slot, drop: Tensor | None) -> None:
         x, slot.a, _or(drop, x), slot.site, parts, tokens, span, X=slot.X, R=slot.R, P=slot.P, Q=slot.Q,
         DROP=drop is not None, BT=tile.rows, BH=tile.columns, num_warps=tile.warps,
     )  # fmt: skip
+    strip_of_parts(x, parts, slot)
+
+
+def strip_of_parts(x: Tensor, parts: Tensor, slot: Slot) -> None:
+    """The same from parts [spans, T, Q] of dropout(x) Aᵀ."""
+    spans, tokens, _ = parts.shape
     launch(
         fk._strip, (-(-tokens // 4),),
-        x, parts, slot.s, tokens, spans, X=slot.X, R=slot.R, Q=slot.Q, BT=4, num_warps=2,
+        x, parts, slot.s, tokens, spans, X=slot.X, R=slot.R, Q=slot.Q, C=next_power_of_2(spans), BT=4, num_warps=4,
     )  # fmt: skip
 
 
@@ -152,20 +165,27 @@ def silu_mul(gate_up: Tensor, slot: Slot) -> Tensor:
     return out
 
 
-def silu_mul_back(gate_up: Tensor, dx: Tensor, slot: Slot, drop: Tensor | None, gain: float) -> None:
-    """gate_up becomes gain · its gradient."""
+def silu_mul_back(
+    gate_up: Tensor, dx: Tensor, slot: Slot, drop: Tensor | None, gain: float, along: bool
+) -> Tensor | None:
+    """gate_up becomes gain · its gradient. along: gives shares of Σ of the products of both, see `norm_back`."""
     tile = TILES["silu_mul_back"]
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+    grid = _grid(tokens, width, tile)
+    shares = torch.empty(grid[1], tokens, dtype=torch.float32, device=dx.device) if along else None
     launch(
-        fk._silu_mul_back, _grid(tokens, width, tile),
-        gate_up, dx, slot.a, _or(drop, dx), slot.site, slot.s, gain, tokens,
-        F=width, R=slot.R, P=slot.P, Q=slot.Q, DROP=drop is not None,
+        fk._silu_mul_back, grid,
+        gate_up, dx, _or(shares, dx), slot.a, _or(drop, dx), slot.site, slot.s, gain, tokens,
+        F=width, R=slot.R, P=slot.P, Q=slot.Q, DROP=drop is not None, ALONG=along,
         BT=tile.rows, BH=tile.columns, num_warps=tile.warps,
     )  # fmt: skip
+    return shares
 
 
-def norm_back(d: Tensor, dx: Tensor, slot: Slot, drop: Tensor | None, x: Tensor, rstd: Tensor, norm: Any) -> None:
-    """d += the gradient of the norm's input."""
+def norm_back(
+    d: Tensor, dx: Tensor, slot: Slot, drop: Tensor | None, x: Tensor, rstd: Tensor, norm: Any, along: Tensor | None
+) -> None:
+    """d += the gradient of the norm's input. along [parts, T]: where an adapter is, shares of Σ dy · y of each row."""
     tile, tokens = TILES["norm_back"], d.shape[0]
     if not slot.R:
         launch(
@@ -173,30 +193,34 @@ def norm_back(d: Tensor, dx: Tensor, slot: Slot, drop: Tensor | None, x: Tensor,
             d, dx, x, rstd, norm.weight, H=slot.X, BH=next_power_of_2(slot.X), num_warps=TILES["norm_in"].warps,
         )  # fmt: skip
         return
-    grid = _grid(tokens, slot.X, tile)
-    parts = torch.empty(grid[1], tokens, dtype=torch.float32, device=d.device)
-    lora = (dx, slot.a, _or(drop, d), slot.site, slot.s, x)
-    shape = {"H": slot.X, "R": slot.R, "P": slot.P, "Q": slot.Q, "DROP": drop is not None}
-    shape |= {"BT": tile.rows, "BH": tile.columns, "num_warps": tile.warps}
-    launch(fk._along, grid, *lora, norm.weight, parts, tokens, **shape)
-    launch(fk._norm_back, grid, d, *lora, rstd, norm.weight, parts, tokens, **shape)
-
-
-def input_back(
-    dx: Tensor, y: Tensor, slot: Slot, drop: Tensor | None, gain: float, head_dim: int
-) -> tuple[Tensor, Tensor]:
-    """(gain · the gradient of the input [T, X], delta [N, T])."""
-    tile = TILES["input_back"]
-    tokens = dx.shape[0]
-    out = torch.empty(tokens, slot.X, dtype=dx.dtype, device=dx.device)
-    delta = torch.empty(slot.X // head_dim, tokens, dtype=torch.float32, device=dx.device)
+    assert along is not None
+    parts = along.shape[0]
     launch(
-        fk._input_back, _grid(tokens, slot.X, tile._replace(columns=head_dim)),
-        dx, out, delta, y, slot.a, _or(drop, dx), slot.site, slot.s, gain, tokens,
-        X=slot.X, R=slot.R, P=slot.P, Q=slot.Q, DROP=drop is not None,
-        BT=tile.rows, BH=head_dim, num_warps=tile.warps,
+        fk._norm_back, _grid(tokens, slot.X, tile),
+        d, dx, slot.a, _or(drop, d), slot.site, slot.s, x, rstd, norm.weight, along, tokens, parts,
+        H=slot.X, R=slot.R, P=slot.P, Q=slot.Q, DROP=drop is not None, C=next_power_of_2(parts),
+        BT=tile.rows, BH=tile.columns, num_warps=tile.warps,
     )  # fmt: skip
-    return out, delta
+
+
+def along_rows(dy: Tensor, y: Tensor) -> Tensor:
+    """[1, T] float32: Σ dy · y of each row."""
+    out = torch.empty(1, dy.shape[0], dtype=torch.float32, device=dy.device)
+    launch(fk._along, (dy.shape[0],), dy, y, out, Y=dy.shape[1], B=1024, num_warps=4)
+    return out
+
+
+def input_back(dx: Tensor, slot: Slot, drop: Tensor | None, gain: float) -> Tensor:
+    """gain · the gradient of the input [T, X]."""
+    tile, tokens = TILES["input_back"], dx.shape[0]
+    out = torch.empty(tokens, slot.X, dtype=dx.dtype, device=dx.device)
+    launch(
+        fk._input_back, _grid(tokens, slot.X, tile),
+        dx, out, slot.a, _or(drop, dx), slot.site, slot.s, gain, tokens,
+        X=slot.X, R=slot.R, P=slot.P, Q=slot.Q, DROP=drop is not None,
+        BT=tile.rows, BH=tile.columns, num_warps=tile.warps,
+    )  # fmt: skip
+    return out
 
 
 def grads(dy: Tensor, x: Tensor, dx: Tensor, slot: Slot, drop: Tensor | None, gain: float) -> None:

@@ -1,12 +1,9 @@
-"""The few Triton kernels that a library does not have, each with its plain twin.
+"""Triton kernels: what all of them share, and the one of the loss.
 
-rope_attention   rotary and causal attention over packed short documents in one launch, q|k|v as they leave their
-                 linear. Twin: `rope.rotate` and `attention.reference`. Flash attention's tiles of 128 waste most of
-                 their work on documents of some 50 tokens, and three more launches a layer rotate and copy.
 cross_entropy_   softmax, loss and its gradient over logits, in place. Twin: `train.loss._chunk`.
 
-Legend: T packed tokens, N query heads, K key/value heads, D head width, F = D / 2, S documents, P positions,
-V vocabulary. Importing this module needs Triton; `AVAILABLE` says whether it is there.
+Importing this module needs no Triton; `AVAILABLE` says whether it is there. Legend: P positions, V vocabulary; that of
+`fused_kernels` for what the fused layers share.
 """
 
 from __future__ import annotations
@@ -28,15 +25,6 @@ try:
 except ImportError:  # the CPU builds of PyTorch come without it
     AVAILABLE = False
 
-BLOCK = 64  # tokens a tile of attention; most documents are one, so that loads have nothing to run ahead of
-LONGEST = 512  # tokens a document for which the short-document kernel is chosen
-# Warps and registers a thread: fewer registers keep more programs on a processor, and most of the time is waiting.
-ATTENTION: dict[str, dict[str, int]] = {
-    "forward": {"num_warps": 4, "num_stages": 1},
-    "backward": {"num_warps": 4, "num_stages": 1},
-}
-
-
 if AVAILABLE:
 
     @triton.jit
@@ -45,155 +33,47 @@ if AVAILABLE:
         return tl.dot(a, b, input_precision="ieee")
 
     @triton.jit
-    def _locate(cu_ptr, documents, block, S: tl.constexpr, B: tl.constexpr):
-        """(first token, end, the block's place) of the document that the grid's `block` falls into; end 0: none."""
-        at = tl.arange(0, S)
-        start = tl.load(cu_ptr + at, mask=at < documents, other=0)
-        end = tl.load(cu_ptr + at + 1, mask=at < documents, other=0)
-        blocks = (end - start + B - 1) // B
-        behind = tl.cumsum(blocks, 0)
-        mine = (behind > block) & (behind - blocks <= block)
-        first = tl.sum(tl.where(mine, start, 0), 0)
-        last = tl.sum(tl.where(mine, end, 0), 0)
-        place = block - tl.sum(tl.where(mine, behind - blocks, 0), 0)
-        return first, last, place
+    def _mix32(x):
+        """`lora.mix32` on uint32."""
+        x = x ^ (x >> 16)
+        x = x * 0x7FEB352D
+        x = x ^ (x >> 15)
+        x = x * 0x846CA68B
+        return x ^ (x >> 16)
 
     @triton.jit
-    def _rotated(ptr, cos_ptr, sin_ptr, rows, ok, stride, F: tl.constexpr):
-        """Both halves [B, F] of these rows of one head, rotated in float32, in the input's dtype."""
-        f = tl.arange(0, F)
-        a = tl.load(ptr + rows[:, None] * stride + f, mask=ok[:, None], other=0.0)
-        b = tl.load(ptr + rows[:, None] * stride + F + f, mask=ok[:, None], other=0.0)
-        cos = tl.load(cos_ptr + rows[:, None] * F + f, mask=ok[:, None], other=0.0)
-        sin = tl.load(sin_ptr + rows[:, None] * F + f, mask=ok[:, None], other=0.0)
-        x, y = a.to(tl.float32), b.to(tl.float32)
-        return (x * cos - y * sin).to(a.dtype), (y * cos + x * sin).to(a.dtype)
+    def _kept(drop_ptr, site_ptr, rows, ok, columns):
+        """(which of these [rows, columns] dropout keeps, its scale): `lora.Dropout`, draw for draw.
+
+        drop_ptr: int32 [2 + T]: threshold, the bits of the float32 scale, the tokens' keys.
+        """
+        threshold = tl.load(drop_ptr)
+        scale = tl.load(drop_ptr + 1).to(tl.float32, bitcast=True)
+        key = tl.load(drop_ptr + 2 + rows, mask=ok, other=0).to(tl.uint32, bitcast=True)
+        site = _mix32(tl.load(site_ptr).to(tl.uint32, bitcast=True))
+        column = _mix32(columns.to(tl.uint32) ^ site)
+        draw = _mix32(key[:, None] ^ column[None, :]).to(tl.int32, bitcast=True)
+        return draw >= threshold, scale
 
     @triton.jit
-    def _store_unrotated(ptr, cos_ptr, sin_ptr, rows, ok, stride, d1, d2, F: tl.constexpr):
-        """Rotates a gradient back and stores both halves."""
-        f = tl.arange(0, F)
-        cos = tl.load(cos_ptr + rows[:, None] * F + f, mask=ok[:, None], other=0.0)
-        sin = tl.load(sin_ptr + rows[:, None] * F + f, mask=ok[:, None], other=0.0)
-        kind = ptr.dtype.element_ty
-        tl.store(ptr + rows[:, None] * stride + f, (d1 * cos + d2 * sin).to(kind), mask=ok[:, None])
-        tl.store(ptr + rows[:, None] * stride + F + f, (d2 * cos - d1 * sin).to(kind), mask=ok[:, None])
-
-    @triton.jit(do_not_specialize=["tokens", "documents"])
-    def _forward(
-        qkv_ptr, cos_ptr, sin_ptr, cu_ptr, out_ptr, lse_ptr, tokens, documents, scale, out_stride,
-        N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, S: tl.constexpr, B: tl.constexpr,
+    def _through_lora(
+        dx_ptr, a_ptr, drop_ptr, site_ptr, s, rows, ok, c,
+        X: tl.constexpr, R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, DROP: tl.constexpr,
     ):  # fmt: skip
-        F: tl.constexpr = D // 2
-        stride: tl.constexpr = (N + 2 * K) * D
-        head = tl.program_id(1)
-        kv = head // (N // K)
-        first, last, place = _locate(cu_ptr, documents, tl.program_id(0), S, B)
-        if last > 0:
-            d = tl.arange(0, D)
-            i = first + place * B + tl.arange(0, B)
-            ok = i < last
-            q1, q2 = _rotated(qkv_ptr + head * D, cos_ptr, sin_ptr, i, ok, stride, F)
-            top = tl.full((B,), -1e30, tl.float32)
-            total = tl.zeros((B,), tl.float32)
-            acc = tl.zeros((B, D), tl.float32)
-            for block in range(0, place + 1):
-                j = first + block * B + tl.arange(0, B)
-                there = j < last
-                k1, k2 = _rotated(qkv_ptr + (N + kv) * D, cos_ptr, sin_ptr, j, there, stride, F)
-                v = tl.load(qkv_ptr + (N + K + kv) * D + j[:, None] * stride + d, mask=there[:, None], other=0.0)
-                s = (_dot(q1, tl.trans(k1)) + _dot(q2, tl.trans(k2))) * (scale * 1.4426950408889634)
-                s = tl.where((j[None, :] <= i[:, None]) & there[None, :], s, -1e30)
-                higher = tl.maximum(top, tl.max(s, 1))
-                p = tl.exp2(s - higher[:, None])
-                fade = tl.exp2(top - higher)
-                total = total * fade + tl.sum(p, 1)
-                acc = acc * fade[:, None] + _dot(p.to(v.dtype), v)
-                top = higher
-            out = acc / total[:, None]
-            kind = out_ptr.dtype.element_ty
-            tl.store(out_ptr + i[:, None] * out_stride + head * D + d, out.to(kind), mask=ok[:, None])
-            tl.store(lse_ptr + head * tokens + i, top + tl.log2(total), mask=ok)
-
-    @triton.jit
-    def _scores(q1, q2, k1, k2, do, v, delta, lse, i, j, ok, there, scale):
-        """(weights, their gradient before the softmax) of query rows i and key rows j, in q's dtype."""
-        s = (_dot(q1, tl.trans(k1)) + _dot(q2, tl.trans(k2))) * (scale * 1.4426950408889634)
-        seen = (j[None, :] <= i[:, None]) & there[None, :] & ok[:, None]
-        p = tl.where(seen, tl.exp2(s - lse[:, None]), 0.0)
-        ds = p * (_dot(do, tl.trans(v)) - delta[:, None]) * scale
-        return p.to(q1.dtype), ds.to(q1.dtype)
-
-    @triton.jit
-    def _query_side(
-        qkv_ptr, cos_ptr, sin_ptr, delta_ptr, lse_ptr, dout_ptr, head, i, ok, tokens,
-        stride: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
-    ):  # fmt: skip
-        """What backward needs of one head's query rows: both halves of q, d out, delta, log2-sum-exp."""
-        q1, q2 = _rotated(qkv_ptr + head * D, cos_ptr, sin_ptr, i, ok, stride, D // 2)
-        do = tl.load(dout_ptr + i[:, None] * (N * D) + head * D + tl.arange(0, D), mask=ok[:, None], other=0.0)
-        delta = tl.load(delta_ptr + head * tokens + i, mask=ok, other=0.0)
-        lse = tl.load(lse_ptr + head * tokens + i, mask=ok, other=0.0)
-        return q1, q2, do, delta, lse
-
-    @triton.jit(do_not_specialize=["tokens", "documents"])
-    def _backward(
-        qkv_ptr, cos_ptr, sin_ptr, cu_ptr, delta_ptr, lse_ptr, dout_ptr, dqkv_ptr, tokens, documents, scale,
-        N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, S: tl.constexpr, B: tl.constexpr,
-    ):  # fmt: skip
-        """One program a (block, key head) for dk and dv, and one a (block, query head) for dq. Where a document is one
-        block, the former's scores are all there is: it stores dq too."""
-        F: tl.constexpr = D // 2
-        G: tl.constexpr = N // K
-        stride: tl.constexpr = (N + 2 * K) * D
-        task = tl.program_id(1)
-        first, last, place = _locate(cu_ptr, documents, tl.program_id(0), S, B)
-        one = last - first <= B
-        mine = first + place * B + tl.arange(0, B)
-        ok = mine < last
-        if (last > 0) & (task < K):
-            kv = task
-            k1, k2 = _rotated(qkv_ptr + (N + kv) * D, cos_ptr, sin_ptr, mine, ok, stride, F)
-            v_at = qkv_ptr + (N + K + kv) * D + mine[:, None] * stride + tl.arange(0, D)
-            v = tl.load(v_at, mask=ok[:, None], other=0.0)
-            dk1 = tl.zeros((B, F), tl.float32)
-            dk2 = tl.zeros((B, F), tl.float32)
-            dv = tl.zeros((B, D), tl.float32)
-            for at in range(place * G, (last - first + B - 1) // B * G):
-                i = first + at // G * B + tl.arange(0, B)
-                there = i < last
-                head = kv * G + at % G
-                q1, q2, do, delta, lse = _query_side(
-                    qkv_ptr, cos_ptr, sin_ptr, delta_ptr, lse_ptr, dout_ptr, head, i, there, tokens, stride, N, D
-                )
-                p, ds = _scores(q1, q2, k1, k2, do, v, delta, lse, i, mine, there, ok, scale)
-                dv += _dot(tl.trans(p), do)
-                dk1 += _dot(tl.trans(ds), q1)
-                dk2 += _dot(tl.trans(ds), q2)
-                if one:
-                    dq1, dq2 = _dot(ds, k1), _dot(ds, k2)
-                    _store_unrotated(dqkv_ptr + head * D, cos_ptr, sin_ptr, i, there, stride, dq1, dq2, F)
-            _store_unrotated(dqkv_ptr + (N + kv) * D, cos_ptr, sin_ptr, mine, ok, stride, dk1, dk2, F)
-            dv_at = dqkv_ptr + (N + K + kv) * D + mine[:, None] * stride + tl.arange(0, D)
-            tl.store(dv_at, dv.to(dqkv_ptr.dtype.element_ty), mask=ok[:, None])
-        if (task >= K) & (last - first > B):
-            head = task - K
-            kv = head // G
-            q1, q2, do, delta, lse = _query_side(
-                qkv_ptr, cos_ptr, sin_ptr, delta_ptr, lse_ptr, dout_ptr, head, mine, ok, tokens, stride, N, D
-            )
-            dq1 = tl.zeros((B, F), tl.float32)
-            dq2 = tl.zeros((B, F), tl.float32)
-            for block in range(0, place + 1):
-                j = first + block * B + tl.arange(0, B)
-                there = j < last
-                k1, k2 = _rotated(qkv_ptr + (N + kv) * D, cos_ptr, sin_ptr, j, there, stride, F)
-                v_at = qkv_ptr + (N + K + kv) * D + j[:, None] * stride + tl.arange(0, D)
-                v = tl.load(v_at, mask=there[:, None], other=0.0)
-                _, ds = _scores(q1, q2, k1, k2, do, v, delta, lse, mine, j, ok, there, scale)
-                dq1 += _dot(ds, k1)
-                dq2 += _dot(ds, k2)
-            _store_unrotated(dqkv_ptr + head * D, cos_ptr, sin_ptr, mine, ok, stride, dq1, dq2, F)
+        """These [rows, c] of the gradient of x: dx of [dx | dh], and dropout's other side of s · dh A. Float32."""
+        inside = ok[:, None] & (c < X)[None, :]
+        d = tl.load(dx_ptr + rows[:, None] * (X + R) + c, mask=inside, other=0.0)
+        out = d.to(tl.float32)
+        if R > 0:
+            p = tl.arange(0, Q)
+            dh = tl.load(dx_ptr + rows[:, None] * (X + R) + X + p, mask=ok[:, None], other=0.0)
+            a = tl.load(a_ptr + p[:, None] * X + c, mask=(p < P)[:, None] & (c < X)[None, :], other=0.0)
+            part = tl.dot(dh, a, input_precision="ieee") * s
+            if DROP:
+                kept, scale = _kept(drop_ptr, site_ptr, rows, ok, c)
+                part = tl.where(kept, part * scale, 0.0)
+            out += part
+        return out
 
     @triton.jit
     def _cross_entropy(logits_ptr, targets_ptr, loss_ptr, vocab, width, stride, B: tl.constexpr, GRAD: tl.constexpr):
@@ -243,106 +123,6 @@ def compiling(threads: int) -> Iterator[None]:
             yield
     finally:
         _compiling.reset(token)
-
-
-def _grid(tokens: int, documents: int, tasks: int) -> tuple[int, int]:
-    return (-(-tokens // BLOCK) + documents, tasks)
-
-
-def attend_forward(
-    qkv_TX: Tensor,
-    cos_TF: Tensor,
-    sin_TF: Tensor,
-    cu_seqlens: Tensor,
-    out: Tensor,
-    heads: int,
-    kv_heads: int,
-    scale: float,
-) -> Tensor:
-    """Fills the first N · D columns of `out` [T, at least N · D]; returns log2-sum-exp [N, T]. See `rope_attention`."""
-    tokens, width = qkv_TX.shape
-    head_dim, documents = width // (heads + 2 * kv_heads), cu_seqlens.numel() - 1
-    lse = torch.empty(heads, tokens, dtype=torch.float32, device=qkv_TX.device)
-    launch(
-        _forward, _grid(tokens, documents, heads),
-        qkv_TX, cos_TF, sin_TF, cu_seqlens, out, lse, tokens, documents, scale, out.stride(0),
-        N=heads, K=kv_heads, D=head_dim, S=triton.next_power_of_2(documents), B=BLOCK, **ATTENTION["forward"],
-    )  # fmt: skip
-    return lse
-
-
-def attend_backward(
-    dout: Tensor, qkv_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor, cu_seqlens: Tensor, delta: Tensor, lse: Tensor,
-    heads: int, kv_heads: int, scale: float,
-) -> Tensor:  # fmt: skip
-    """d qkv; dout [T, N · D] contiguous, delta [N, T] float32: the sum of dout · out over each head."""
-    tokens, width = qkv_TX.shape
-    head_dim, documents = width // (heads + 2 * kv_heads), cu_seqlens.numel() - 1
-    dqkv = torch.empty_like(qkv_TX)
-    launch(
-        _backward, _grid(tokens, documents, heads + kv_heads),
-        qkv_TX, cos_TF, sin_TF, cu_seqlens, delta, lse, dout, dqkv, tokens, documents, scale,
-        N=heads, K=kv_heads, D=head_dim, S=triton.next_power_of_2(documents), B=BLOCK, **ATTENTION["backward"],
-    )  # fmt: skip
-    return dqkv
-
-
-@torch.library.custom_op("minitune::rope_attention", mutates_args=())
-def rope_attention(
-    qkv_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor, cu_seqlens: Tensor, heads: int, kv_heads: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Rotates q and k and attends causally within each document.
-
-    qkv_TX: [T, (N + 2K) · D], contiguous, D a power of two from 32 to 128. cos_TF, sin_TF: float32 [T, F], contiguous.
-    cu_seqlens: int32 [S + 1], covering all T tokens. Returns (out [T, N · D], log2-sum-exp [N, T] float32).
-    """
-    width = heads * (qkv_TX.shape[1] // (heads + 2 * kv_heads))
-    out = torch.empty(qkv_TX.shape[0], width, dtype=qkv_TX.dtype, device=qkv_TX.device)
-    return out, attend_forward(qkv_TX, cos_TF, sin_TF, cu_seqlens, out, heads, kv_heads, scale)
-
-
-@rope_attention.register_fake
-def _(qkv_TX, cos_TF, sin_TF, cu_seqlens, heads, kv_heads, scale):
-    tokens, width = qkv_TX.shape
-    head_dim = width // (heads + 2 * kv_heads)
-    return qkv_TX.new_empty(tokens, heads * head_dim), qkv_TX.new_empty(heads, tokens, dtype=torch.float32)
-
-
-@torch.library.custom_op("minitune::rope_attention_backward", mutates_args=())
-def rope_attention_backward(
-    dout: Tensor,
-    qkv_TX: Tensor,
-    cos_TF: Tensor,
-    sin_TF: Tensor,
-    cu_seqlens: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    heads: int,
-    kv_heads: int,
-    scale: float,
-) -> Tensor:
-    """d loss / d qkv of `rope_attention`."""
-    delta = (dout.float() * out.float()).view(out.shape[0], heads, -1).sum(-1).T.contiguous()
-    return attend_backward(dout.contiguous(), qkv_TX, cos_TF, sin_TF, cu_seqlens, delta, lse, heads, kv_heads, scale)
-
-
-@rope_attention_backward.register_fake
-def _(dout, qkv_TX, cos_TF, sin_TF, cu_seqlens, out, lse, heads, kv_heads, scale):
-    return torch.empty_like(qkv_TX)
-
-
-def _save(ctx, inputs, output):
-    qkv, cos, sin, cu, ctx.heads, ctx.kv_heads, ctx.scale = inputs
-    ctx.save_for_backward(qkv, cos, sin, cu, *output)
-
-
-def _differentiate(ctx, dout, dlse):
-    qkv, cos, sin, cu, out, lse = ctx.saved_tensors
-    dqkv = rope_attention_backward(dout, qkv, cos, sin, cu, out, lse, ctx.heads, ctx.kv_heads, ctx.scale)
-    return dqkv, None, None, None, None, None, None
-
-
-rope_attention.register_autograd(_differentiate, setup_context=_save)
 
 
 def cross_entropy_(logits_PW: Tensor, targets_P: Tensor, vocab: int, grad: bool) -> Tensor:

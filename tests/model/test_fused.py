@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install triton runs these in its interpreter)")
 
-from minitune.model import fused_ops, kernels  # noqa: E402
+from minitune.model import attention_kernels, fused_ops, kernels  # noqa: E402
 from minitune.model.attention import PackedLayout  # noqa: E402
 from minitune.model.decoder import Decoder, DecoderConfig  # noqa: E402
 from minitune.model.fused import FusedStack, strip_width, why_not  # noqa: E402
@@ -167,8 +167,8 @@ def test_kernels_compiled_early_are_those_that_run(
         if all(a.device.type != "meta" for a in args if isinstance(a, Tensor)):
             kernel[grid](*args, **options)
 
-    monkeypatch.setattr(fused_ops, "launch", record)
-    monkeypatch.setattr(kernels, "launch", record)
+    for module in (fused_ops, attention_kernels, kernels):
+        monkeypatch.setattr(module, "launch", record)
     decoder = decoder_of(SHAPE, targets, torch.float32)
     assert decoder.lora_config is not None
     decoder.stack = FusedStack(decoder, keep)

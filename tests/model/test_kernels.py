@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install triton runs these in its interpreter)")
 
-from minitune.model import kernels  # noqa: E402
+from minitune.model import attention_kernels, kernels  # noqa: E402
 from minitune.model.attention import reference  # noqa: E402
 from minitune.model.rope import Rope, rotate  # noqa: E402
 
@@ -27,7 +27,9 @@ def test_rope_attention_is_rotate_then_attend(heads: int, kv_heads: int, lengths
     cu = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(DEVICE)
 
     ours = qkv.clone().requires_grad_()
-    out, _ = kernels.rope_attention(ours, cos[:, 0].contiguous(), sin[:, 0].contiguous(), cu, heads, kv_heads, 0.2)
+    out, _ = attention_kernels.rope_attention(
+        ours, cos[:, 0].contiguous(), sin[:, 0].contiguous(), cu, heads, kv_heads, 0.2
+    )
     (out * weight).sum().backward()
 
     plain = qkv.double().requires_grad_()

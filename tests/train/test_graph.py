@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,10 +31,10 @@ SHAPE = DecoderConfig(
 )
 
 
-def decoder_on(device: str, dtype: torch.dtype) -> Decoder:
+def decoder_on(device: str, dtype: torch.dtype, shape: DecoderConfig = SHAPE) -> Decoder:
     """A random decoder whose adapters are not zero, the same on every device."""
     with torch.device("meta"):
-        decoder = Decoder(SHAPE)
+        decoder = Decoder(shape)
     decoder.allocate(torch.device(device), dtype)
     generator = torch.Generator().manual_seed(3)
     attach(decoder, LoraConfig(r=4, lora_dropout=0.1), seed=1)
@@ -44,11 +45,11 @@ def decoder_on(device: str, dtype: torch.dtype) -> Decoder:
     return decoder.train()
 
 
-def fused_on(device: str, dtype: torch.dtype, keep: bool = True) -> TrainStep:
+def fused_on(device: str, dtype: torch.dtype, keep: bool = True, shape: DecoderConfig = SHAPE) -> TrainStep:
     """The same step over `model.fused`."""
     from minitune.model.fused import FusedStack
 
-    decoder = decoder_on(device, dtype)
+    decoder = decoder_on(device, dtype, shape)
     decoder.stack = FusedStack(decoder, keep)
     return TrainStep(decoder, AdamW([decoder.stack.flat], TrainConfig()), dropout=0.1, seed=5)
 
@@ -89,7 +90,7 @@ def test_fused_steps_are_plain_steps() -> None:
         assert float(ours.loss) == pytest.approx(float(want.loss), rel=1e-6)
         assert float(ours.grad_norm) == pytest.approx(float(want.grad_norm), rel=1e-5)
     for a, b in zip(adapters(fused), adapters(plain), strict=True):
-        assert float((a - b).norm() / b.norm()) < 1e-5
+        assert float((a - b).norm() / b.norm()) < 5e-5  # AdamW divides small gradients by their own size
 
 
 def test_the_contract_names_what_moved() -> None:
@@ -159,7 +160,8 @@ def test_what_is_compiled_early_is_not_compiled_again(keep: bool) -> None:
     def hook(*args: object, **more: object) -> None:
         compiled.append(str(more["fn"]))
 
-    step = fused_on("cuda", torch.bfloat16, keep)
+    # a shape of its own: what another test has compiled would not be compiled again
+    step = fused_on("cuda", torch.bfloat16, keep, replace(SHAPE, hidden_size=160, intermediate_size=224 + 32 * keep))
     lora = step.decoder.lora_config
     assert lora is not None
     packed = packs(4)

@@ -1,0 +1,339 @@
+"""Rotary and causal attention over packed short documents in one launch, q|k|v as they leave their linear.
+
+Flash attention's tiles of 128 waste most of their work on documents of some 50 tokens, and three more launches a layer
+rotate and copy. Twin: `rope.rotate` and `attention.reference`. In the fused layers (`model.fused`) the adapter of the
+linear behind takes part: forward begins its product with A head by head, backward begins with its gradient.
+
+Legend: T packed tokens, N query heads, K key/value heads, D head width, F = D / 2, S documents; that of `fused_kernels`
+for the adapter.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from minitune.model.kernels import AVAILABLE, launch
+
+BLOCK = 64  # tokens a tile; most documents are one, so that loads have nothing to run ahead of
+LONGEST = 512  # tokens a document for which these kernels are chosen
+OPTIONS: dict[str, dict[str, int]] = {
+    "forward": {"num_warps": 4, "num_stages": 1},
+    "backward": {"num_warps": 4, "num_stages": 1},
+}
+
+
+if AVAILABLE:
+    import triton
+    import triton.language as tl
+
+    from minitune.model.kernels import _dot, _kept, _through_lora
+
+    @triton.jit
+    def _locate(cu_ptr, documents, block, S: tl.constexpr, B: tl.constexpr):
+        """(first token, end, the block's place) of the document that the grid's `block` falls into; end 0: none."""
+        at = tl.arange(0, S)
+        start = tl.load(cu_ptr + at, mask=at < documents, other=0)
+        end = tl.load(cu_ptr + at + 1, mask=at < documents, other=0)
+        blocks = (end - start + B - 1) // B
+        behind = tl.cumsum(blocks, 0)
+        mine = (behind > block) & (behind - blocks <= block)
+        first = tl.sum(tl.where(mine, start, 0), 0)
+        last = tl.sum(tl.where(mine, end, 0), 0)
+        place = block - tl.sum(tl.where(mine, behind - blocks, 0), 0)
+        return first, last, place
+
+    @triton.jit
+    def _rotated(ptr, cos_ptr, sin_ptr, rows, ok, stride, F: tl.constexpr):
+        """Both halves [B, F] of these rows of one head, rotated in float32, in the input's dtype."""
+        f = tl.arange(0, F)
+        a = tl.load(ptr + rows[:, None] * stride + f, mask=ok[:, None], other=0.0)
+        b = tl.load(ptr + rows[:, None] * stride + F + f, mask=ok[:, None], other=0.0)
+        cos = tl.load(cos_ptr + rows[:, None] * F + f, mask=ok[:, None], other=0.0)
+        sin = tl.load(sin_ptr + rows[:, None] * F + f, mask=ok[:, None], other=0.0)
+        x, y = a.to(tl.float32), b.to(tl.float32)
+        return (x * cos - y * sin).to(a.dtype), (y * cos + x * sin).to(a.dtype)
+
+    @triton.jit
+    def _store_unrotated(ptr, cos_ptr, sin_ptr, rows, ok, stride, d1, d2, F: tl.constexpr):
+        """Rotates a gradient back and stores both halves."""
+        f = tl.arange(0, F)
+        cos = tl.load(cos_ptr + rows[:, None] * F + f, mask=ok[:, None], other=0.0)
+        sin = tl.load(sin_ptr + rows[:, None] * F + f, mask=ok[:, None], other=0.0)
+        kind = ptr.dtype.element_ty
+        tl.store(ptr + rows[:, None] * stride + f, (d1 * cos + d2 * sin).to(kind), mask=ok[:, None])
+        tl.store(ptr + rows[:, None] * stride + F + f, (d2 * cos - d1 * sin).to(kind), mask=ok[:, None])
+
+    @triton.jit(do_not_specialize=["tokens", "documents"])
+    def _forward(
+        qkv_ptr, cos_ptr, sin_ptr, cu_ptr, out_ptr, lse_ptr, part_ptr, a_ptr, drop_ptr, site_ptr, tokens, documents,
+        scale, N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, S: tl.constexpr, B: tl.constexpr,
+        R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, DROP: tl.constexpr,
+    ):  # fmt: skip
+        """out [T, N · D + R]; with an adapter behind also part [N, T, Q] float32: a head's share of dropout(out) Aᵀ."""
+        F: tl.constexpr = D // 2
+        stride: tl.constexpr = (N + 2 * K) * D
+        head = tl.program_id(1)
+        kv = head // (N // K)
+        first, last, place = _locate(cu_ptr, documents, tl.program_id(0), S, B)
+        if last > 0:
+            d = tl.arange(0, D)
+            i = first + place * B + tl.arange(0, B)
+            ok = i < last
+            q1, q2 = _rotated(qkv_ptr + head * D, cos_ptr, sin_ptr, i, ok, stride, F)
+            top = tl.full((B,), -1e30, tl.float32)
+            total = tl.zeros((B,), tl.float32)
+            acc = tl.zeros((B, D), tl.float32)
+            for block in range(0, place + 1):
+                j = first + block * B + tl.arange(0, B)
+                there = j < last
+                k1, k2 = _rotated(qkv_ptr + (N + kv) * D, cos_ptr, sin_ptr, j, there, stride, F)
+                v = tl.load(qkv_ptr + (N + K + kv) * D + j[:, None] * stride + d, mask=there[:, None], other=0.0)
+                s = (_dot(q1, tl.trans(k1)) + _dot(q2, tl.trans(k2))) * (scale * 1.4426950408889634)
+                s = tl.where((j[None, :] <= i[:, None]) & there[None, :], s, -1e30)
+                higher = tl.maximum(top, tl.max(s, 1))
+                p = tl.exp2(s - higher[:, None])
+                fade = tl.exp2(top - higher)
+                total = total * fade + tl.sum(p, 1)
+                acc = acc * fade[:, None] + _dot(p.to(v.dtype), v)
+                top = higher
+            kind = out_ptr.dtype.element_ty
+            out = (acc / total[:, None]).to(kind)
+            c = head * D + d
+            tl.store(out_ptr + i[:, None] * (N * D + R) + c, out, mask=ok[:, None])
+            tl.store(lse_ptr + head * tokens + i, top + tl.log2(total), mask=ok)
+            if P > 0:
+                if DROP:
+                    kept, grow = _kept(drop_ptr, site_ptr, i, ok, c)
+                    out = tl.where(kept, out * grow.to(kind), 0.0).to(kind)
+                p = tl.arange(0, Q)
+                a = tl.load(a_ptr + p[None, :] * (N * D) + c[:, None], mask=(p < P)[None, :], other=0.0)
+                tl.store(part_ptr + (head * tokens + i)[:, None] * Q + p, _dot(out, a), mask=ok[:, None])
+
+    @triton.jit
+    def _scores(q1, q2, k1, k2, do, v, delta, lse, i, j, ok, there, scale):
+        """(weights, their gradient before the softmax) of query rows i and key rows j, in q's dtype."""
+        s = (_dot(q1, tl.trans(k1)) + _dot(q2, tl.trans(k2))) * (scale * 1.4426950408889634)
+        seen = (j[None, :] <= i[:, None]) & there[None, :] & ok[:, None]
+        p = tl.where(seen, tl.exp2(s - lse[:, None]), 0.0)
+        ds = p * (_dot(do, tl.trans(v)) - delta[:, None]) * scale
+        return p.to(q1.dtype), ds.to(q1.dtype)
+
+    @triton.jit
+    def _query_side(
+        qkv_ptr, cos_ptr, sin_ptr, lse_ptr, dx_ptr, out_ptr, a_ptr, drop_ptr, site_ptr, s, gain, head, i, ok, tokens,
+        N: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+        R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, DROP: tl.constexpr,
+    ):  # fmt: skip
+        """What backward needs of one head's query rows: both halves of q, d out, Σ d out · out, log2-sum-exp."""
+        c = head * D + tl.arange(0, D)
+        q1, q2 = _rotated(qkv_ptr + head * D, cos_ptr, sin_ptr, i, ok, (N + 2 * K) * D, D // 2)
+        do = gain * _through_lora(dx_ptr, a_ptr, drop_ptr, site_ptr, s, i, ok, c, N * D, R, P, Q, DROP)
+        do = do.to(q1.dtype)
+        out = tl.load(out_ptr + i[:, None] * (N * D + R) + c, mask=ok[:, None], other=0.0)
+        delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
+        lse = tl.load(lse_ptr + head * tokens + i, mask=ok, other=0.0)
+        return q1, q2, do, delta, lse
+
+    @triton.jit
+    def _along(d1, d2, x1, x2):
+        """Σ d · x of each row, both in halves."""
+        return tl.sum(d1 * x1.to(tl.float32), 1) + tl.sum(d2 * x2.to(tl.float32), 1)
+
+    @triton.jit(do_not_specialize=["tokens", "documents"])
+    def _backward(
+        qkv_ptr, cos_ptr, sin_ptr, cu_ptr, lse_ptr, dx_ptr, out_ptr, dqkv_ptr, along_ptr, a_ptr, drop_ptr, site_ptr,
+        s, gain, tokens, documents, scale,
+        N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, S: tl.constexpr, B: tl.constexpr,
+        R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, DROP: tl.constexpr,
+    ):  # fmt: skip
+        """One program a (block, key head) for dk and dv, and one a (block, query head) for dq. Where a document is one
+        block, the former's scores are all there is: it stores dq too. along [K + N, T]: each program's share of Σ d qkv
+        · qkv over a row. dx [T, N · D + R]: the gradient of [out | h]."""
+        F: tl.constexpr = D // 2
+        G: tl.constexpr = N // K
+        stride: tl.constexpr = (N + 2 * K) * D
+        task = tl.program_id(1)
+        first, last, place = _locate(cu_ptr, documents, tl.program_id(0), S, B)
+        one = last - first <= B
+        mine = first + place * B + tl.arange(0, B)
+        ok = mine < last
+        along = tl.zeros((B,), tl.float32)
+        if (last > 0) & (task < K):
+            kv = task
+            k1, k2 = _rotated(qkv_ptr + (N + kv) * D, cos_ptr, sin_ptr, mine, ok, stride, F)
+            v_at = (N + K + kv) * D + mine[:, None] * stride + tl.arange(0, D)
+            v = tl.load(qkv_ptr + v_at, mask=ok[:, None], other=0.0)
+            dk1 = tl.zeros((B, F), tl.float32)
+            dk2 = tl.zeros((B, F), tl.float32)
+            dv = tl.zeros((B, D), tl.float32)
+            for at in range(place * G, (last - first + B - 1) // B * G):
+                i = first + at // G * B + tl.arange(0, B)
+                there = i < last
+                head = kv * G + at % G
+                q1, q2, do, delta, lse = _query_side(
+                    qkv_ptr, cos_ptr, sin_ptr, lse_ptr, dx_ptr, out_ptr, a_ptr, drop_ptr, site_ptr, s, gain, head, i,
+                    there, tokens, N, K, D, R, P, Q, DROP,
+                )  # fmt: skip
+                p, ds = _scores(q1, q2, k1, k2, do, v, delta, lse, i, mine, there, ok, scale)
+                dv += _dot(tl.trans(p), do)
+                dk1 += _dot(tl.trans(ds), q1)
+                dk2 += _dot(tl.trans(ds), q2)
+                if one:
+                    dq1, dq2 = _dot(ds, k1), _dot(ds, k2)
+                    along += _along(dq1, dq2, q1, q2)
+                    _store_unrotated(dqkv_ptr + head * D, cos_ptr, sin_ptr, i, there, stride, dq1, dq2, F)
+            along += _along(dk1, dk2, k1, k2) + tl.sum(dv * v.to(tl.float32), 1)
+            _store_unrotated(dqkv_ptr + (N + kv) * D, cos_ptr, sin_ptr, mine, ok, stride, dk1, dk2, F)
+            tl.store(dqkv_ptr + v_at, dv.to(dqkv_ptr.dtype.element_ty), mask=ok[:, None])
+        if (task >= K) & (last - first > B):
+            head = task - K
+            kv = head // G
+            q1, q2, do, delta, lse = _query_side(
+                qkv_ptr, cos_ptr, sin_ptr, lse_ptr, dx_ptr, out_ptr, a_ptr, drop_ptr, site_ptr, s, gain, head, mine,
+                ok, tokens, N, K, D, R, P, Q, DROP,
+            )  # fmt: skip
+            dq1 = tl.zeros((B, F), tl.float32)
+            dq2 = tl.zeros((B, F), tl.float32)
+            for block in range(0, place + 1):
+                j = first + block * B + tl.arange(0, B)
+                there = j < last
+                k1, k2 = _rotated(qkv_ptr + (N + kv) * D, cos_ptr, sin_ptr, j, there, stride, F)
+                v_at = (N + K + kv) * D + j[:, None] * stride + tl.arange(0, D)
+                v = tl.load(qkv_ptr + v_at, mask=there[:, None], other=0.0)
+                _, ds = _scores(q1, q2, k1, k2, do, v, delta, lse, mine, j, ok, there, scale)
+                dq1 += _dot(ds, k1)
+                dq2 += _dot(ds, k2)
+            along += _along(dq1, dq2, q1, q2)
+            _store_unrotated(dqkv_ptr + head * D, cos_ptr, sin_ptr, mine, ok, stride, dq1, dq2, F)
+        tl.store(along_ptr + task * tokens + mine, along, mask=ok)
+
+
+class Behind(NamedTuple):
+    """The adapter of the linear behind attention, as `fused_ops.Slot` has it; the default is none.
+
+    Its gradient is `gain` · that of its input; drop: see `kernels._kept`, None for no dropout.
+    """
+
+    a: Tensor | None = None
+    site: Tensor | None = None
+    drop: Tensor | None = None
+    s: float = 1.0
+    gain: float = 1.0
+    R: int = 0
+    P: int = 0
+    Q: int = 16
+
+    def pointers(self, other: Tensor) -> tuple[Tensor, ...]:
+        """a, drop, site; `other` where nothing is ever read."""
+        return tuple(other if t is None else t for t in (self.a, self.drop, self.site))
+
+    def constants(self) -> dict[str, Any]:
+        return {"R": self.R, "P": self.P, "Q": self.Q, "DROP": self.drop is not None}
+
+
+NOTHING = Behind()
+
+
+def _constants(qkv: Tensor, cu_seqlens: Tensor, heads: int, kv_heads: int) -> dict[str, int]:
+    head_dim, documents = qkv.shape[1] // (heads + 2 * kv_heads), cu_seqlens.numel() - 1
+    return {"N": heads, "K": kv_heads, "D": head_dim, "S": triton.next_power_of_2(documents), "B": BLOCK}
+
+
+def _blocks(tokens: int, documents: int) -> int:
+    return -(-tokens // BLOCK) + documents
+
+
+def attend_forward(
+    qkv_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor, cu_seqlens: Tensor, out: Tensor, heads: int, kv_heads: int,
+    scale: float, behind: Behind = NOTHING,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Fills the first N · D columns of `out` [T, N · D + R]; returns (log2-sum-exp [N, T], dropout(out) Aᵀ by heads
+    [N, T, Q], both float32). See `rope_attention`."""
+    tokens, documents = qkv_TX.shape[0], cu_seqlens.numel() - 1
+    lse = torch.empty(heads, tokens, dtype=torch.float32, device=qkv_TX.device)
+    part = torch.empty(heads, tokens, behind.Q, dtype=torch.float32, device=qkv_TX.device) if behind.P else lse
+    launch(
+        _forward, (_blocks(tokens, documents), heads),
+        qkv_TX, cos_TF, sin_TF, cu_seqlens, out, lse, part, *behind.pointers(cu_seqlens), tokens, documents, scale,
+        **_constants(qkv_TX, cu_seqlens, heads, kv_heads), **behind.constants(), **OPTIONS["forward"],
+    )  # fmt: skip
+    return lse, part
+
+
+def attend_backward(
+    dx: Tensor, qkv_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor, cu_seqlens: Tensor, out: Tensor, lse: Tensor,
+    heads: int, kv_heads: int, scale: float, behind: Behind = NOTHING,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(d qkv, along [K + N, T] float32: its sum over heads is Σ d qkv · qkv of a row). dx, out: [T, N · D + R],
+    contiguous."""
+    tokens, documents = qkv_TX.shape[0], cu_seqlens.numel() - 1
+    dqkv = torch.empty_like(qkv_TX)
+    along = torch.empty(kv_heads + heads, tokens, dtype=torch.float32, device=qkv_TX.device)
+    launch(
+        _backward, (_blocks(tokens, documents), kv_heads + heads),
+        qkv_TX, cos_TF, sin_TF, cu_seqlens, lse, dx, out, dqkv, along, *behind.pointers(cu_seqlens), behind.s,
+        behind.gain, tokens, documents, scale,
+        **_constants(qkv_TX, cu_seqlens, heads, kv_heads), **behind.constants(), **OPTIONS["backward"],
+    )  # fmt: skip
+    return dqkv, along
+
+
+@torch.library.custom_op("minitune::rope_attention", mutates_args=())
+def rope_attention(
+    qkv_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor, cu_seqlens: Tensor, heads: int, kv_heads: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Rotates q and k and attends causally within each document.
+
+    qkv_TX: [T, (N + 2K) · D], contiguous, D a power of two from 32 to 128. cos_TF, sin_TF: float32 [T, F], contiguous.
+    cu_seqlens: int32 [S + 1], covering all T tokens. Returns (out [T, N · D], log2-sum-exp [N, T] float32).
+    """
+    width = heads * (qkv_TX.shape[1] // (heads + 2 * kv_heads))
+    out = torch.empty(qkv_TX.shape[0], width, dtype=qkv_TX.dtype, device=qkv_TX.device)
+    return out, attend_forward(qkv_TX, cos_TF, sin_TF, cu_seqlens, out, heads, kv_heads, scale)[0]
+
+
+@rope_attention.register_fake
+def _(qkv_TX, cos_TF, sin_TF, cu_seqlens, heads, kv_heads, scale):
+    tokens, width = qkv_TX.shape
+    head_dim = width // (heads + 2 * kv_heads)
+    return qkv_TX.new_empty(tokens, heads * head_dim), qkv_TX.new_empty(heads, tokens, dtype=torch.float32)
+
+
+@torch.library.custom_op("minitune::rope_attention_backward", mutates_args=())
+def rope_attention_backward(
+    dout: Tensor,
+    qkv_TX: Tensor,
+    cos_TF: Tensor,
+    sin_TF: Tensor,
+    cu_seqlens: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+) -> Tensor:
+    """d loss / d qkv of `rope_attention`."""
+    dout = dout.contiguous()
+    return attend_backward(dout, qkv_TX, cos_TF, sin_TF, cu_seqlens, out, lse, heads, kv_heads, scale)[0]
+
+
+@rope_attention_backward.register_fake
+def _(dout, qkv_TX, cos_TF, sin_TF, cu_seqlens, out, lse, heads, kv_heads, scale):
+    return torch.empty_like(qkv_TX)
+
+
+def _save(ctx, inputs, output):
+    qkv, cos, sin, cu, ctx.heads, ctx.kv_heads, ctx.scale = inputs
+    ctx.save_for_backward(qkv, cos, sin, cu, *output)
+
+
+def _differentiate(ctx, dout, dlse):
+    qkv, cos, sin, cu, out, lse = ctx.saved_tensors
+    dqkv = rope_attention_backward(dout, qkv, cos, sin, cu, out, lse, ctx.heads, ctx.kv_heads, ctx.scale)
+    return dqkv, None, None, None, None, None, None
+
+
+rope_attention.register_autograd(_differentiate, setup_context=_save)
