@@ -29,7 +29,7 @@ CANDIDATES = {
     "norm_in": [Tile(1, 0, w) for w in (2, 4, 8)],
     "strip": [Tile(r, c, w) for r in (16, 32) for c in (64, 128, 256) for w in (2, 4, 8)],
     "norm_back": [Tile(r, c, w) for r in (16, 32, 64) for c in (64, 128, 256) for w in (2, 4, 8)],
-    "input_back": [Tile(r, c, w) for r in (16, 32, 64) for c in (64, 128) for w in (2, 4)],
+    "input_back": [Tile(r, 0, w) for r in (16, 32, 64) for w in (2, 4)],
     "silu_mul": [Tile(1, c, w) for c in (512, 1024, 2048) for w in (2, 4, 8)],
     "silu_mul_back": [Tile(r, c, w) for r in (1, 4, 16) for c in (128, 512, 1024) for w in (4, 8)],
     "grads": [Tile(r, c, w) for r in (32, 64, 128) for c in (16, 32, 64, 128) for w in (4, 8)],
@@ -85,12 +85,12 @@ def main() -> None:
     drop = torch.randint(-(2**31), 2**31 - 1, (2 + T,), device="cuda", dtype=torch.int32)
     drop[0], drop[1] = int(0.1 * 2**32) - 2**31, torch.tensor(1 / 0.9).view(torch.int32)
     x, y, n, wide_y, gate_up, act = made(T, H), made(T, H), made(T, H + 64), made(T, 3 * H), made(T, 2 * F), made(T, F)
-    rstd, along = torch.rand(T, device="cuda"), torch.rand(2 * HEADS, T, device="cuda")
+    rstd, along = torch.rand(T, device="cuda"), torch.rand(1, T, device="cuda")
     calls: dict[str, Callable[[], object]] = {
-        "norm_in": lambda: fused_ops.norm_in(x, y, 0.2, norm, qkv, drop),
+        "norm_in": lambda: fused_ops.norm_in(x, y, 0.2, norm, qkv),
         "strip": lambda: fused_ops.strip(n, o, drop),
         "norm_back": lambda: fused_ops.norm_back(y, n, qkv, drop, x, rstd, norm, along),
-        "input_back": lambda: fused_ops.input_back(n, o, drop, 0.2),
+        "input_back": lambda: fused_ops.input_back(n, n, o, drop, 0.2, D),
         "silu_mul": lambda: fused_ops.silu_mul(gate_up, down),
         "silu_mul_back": lambda: fused_ops.silu_mul_back(gate_up, act, down, None, 0.2, False),
         "grads": lambda: fused_ops.grads(wide_y, n, n, qkv, drop, 1.0),
@@ -110,14 +110,14 @@ def main() -> None:
         print(f"{name:14s} now {found.get(kept, float('nan')):6.1f}  best {found[best]:6.1f} us {tuple(best)}")
         print("   " + "  ".join(f"{tuple(t)}:{us:.1f}" for t, us in sorted(found.items(), key=lambda p: p[1])[:6]))
     lora_free = {
-        "norm_in, no adapter": lambda: fused_ops.norm_in(x, y, 0.2, norm, bare, None),
+        "norm_in, no adapter": lambda: fused_ops.norm_in(x, y, 0.2, norm, bare),
         "norm_back, no adapter": lambda: fused_ops.norm_back(y, made_h, bare, None, x, rstd, norm, None),
         "grads of o": lambda: fused_ops.grads(y, n, n, o, drop, 0.2),
     }
     made_h = made(T, H)
     for name, call in lora_free.items():
         print(f"{name:22s} {microseconds(call):6.1f} us")
-    attention(arguments, wide_y, o, drop)
+    attention(arguments, wide_y)
     for name, rows, inputs, outputs in (
         ("qkv", T, H, 3 * H), ("o", T, H, H), ("gate_up", T, H, 2 * F), ("down", T, F, H),
         ("qkv strip", T, H + 64, 3 * H), ("o strip", T, H + 64, H),
@@ -137,7 +137,7 @@ def main() -> None:
         print(f"mm {name:10s} forward {there:6.1f}  backward {back:6.1f} us, {speed}")
 
 
-def attention(arguments: argparse.Namespace, qkv: torch.Tensor, o: Slot, drop: torch.Tensor) -> None:
+def attention(arguments: argparse.Namespace, qkv: torch.Tensor) -> None:
     """Both directions over documents of the real lengths, for each tile height."""
     T = arguments.tokens
     lengths, left = [], T
@@ -148,19 +148,18 @@ def attention(arguments: argparse.Namespace, qkv: torch.Tensor, o: Slot, drop: t
             break
     cu = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).cuda()
     cos = torch.rand(T, D // 2, device="cuda")
-    behind = o.behind(drop, 0.2)
-    dx = torch.randn(T, HEADS * D + 64, device="cuda", dtype=torch.bfloat16)
-    out = torch.empty_like(dx)
+    out, dout = (torch.empty(T, HEADS * D, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    delta = torch.rand(HEADS, T, device="cuda")
     kept = attention_kernels.BLOCK, dict(attention_kernels.OPTIONS)
     for block, warps, registers in product((32, 64), (2, 4, 8), (0, 128, 168)):
         options = {"num_warps": warps, "num_stages": 1} | ({"maxnreg": registers} if registers else {})
         attention_kernels.BLOCK, attention_kernels.OPTIONS = block, {"forward": options, "backward": options}
 
         def forward() -> torch.Tensor:
-            return attention_kernels.attend_forward(qkv, cos, cos, cu, out, HEADS, HEADS, 0.125, behind)[0]
+            return attention_kernels.attend_forward(qkv, cos, cos, cu, out, HEADS, HEADS, 0.125)
 
         def backward(lse: torch.Tensor) -> object:
-            return attention_kernels.attend_backward(dx, qkv, cos, cos, cu, out, lse, HEADS, HEADS, 0.125, behind)
+            return attention_kernels.attend_backward(dout, qkv, cos, cos, cu, delta, lse, HEADS, HEADS, 0.125)
 
         try:
             lse = forward()

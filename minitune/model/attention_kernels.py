@@ -1,16 +1,13 @@
 """Rotary and causal attention over packed short documents in one launch, q|k|v as they leave their linear.
 
 Flash attention's tiles of 128 waste most of their work on documents of some 50 tokens, and three more launches a layer
-rotate and copy. Twin: `rope.rotate` and `attention.reference`. In the fused layers (`model.fused`) the adapter of the
-linear behind takes part: forward begins its product with A head by head, backward begins with its gradient.
+rotate and copy. Twin: `rope.rotate` and `attention.reference`.
 
-Legend: T packed tokens, N query heads, K key/value heads, D head width, F = D / 2, S documents; that of `fused_kernels`
-for the adapter.
+Legend: T packed tokens, N query heads, K key/value heads, D head width, F = D / 2, S documents, R the width of the
+strip behind the output in the fused layers (`model.fused`), 0 elsewhere.
 """
 
 from __future__ import annotations
-
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +26,7 @@ if AVAILABLE:
     import triton
     import triton.language as tl
 
-    from minitune.model.kernels import _dot, _kept, _through_lora
+    from minitune.model.kernels import _dot
 
     @triton.jit
     def _locate(cu_ptr, documents, block, S: tl.constexpr, B: tl.constexpr):
@@ -68,11 +65,11 @@ if AVAILABLE:
 
     @triton.jit(do_not_specialize=["tokens", "documents"])
     def _forward(
-        qkv_ptr, cos_ptr, sin_ptr, cu_ptr, out_ptr, lse_ptr, part_ptr, a_ptr, drop_ptr, site_ptr, tokens, documents,
-        scale, N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, S: tl.constexpr, B: tl.constexpr,
-        R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, DROP: tl.constexpr,
+        qkv_ptr, cos_ptr, sin_ptr, cu_ptr, out_ptr, lse_ptr, strip_ptr, tokens, documents, scale,
+        N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, S: tl.constexpr, B: tl.constexpr, R: tl.constexpr,
+        STRIP: tl.constexpr,
     ):  # fmt: skip
-        """out [T, N · D + R]; with an adapter behind also part [N, T, Q] float32: a head's share of dropout(out) Aᵀ."""
+        """out [T, N · D + R]; with STRIP, strip [T, R] is laid into the columns behind."""
         F: tl.constexpr = D // 2
         stride: tl.constexpr = (N + 2 * K) * D
         head = tl.program_id(1)
@@ -104,13 +101,10 @@ if AVAILABLE:
             c = head * D + d
             tl.store(out_ptr + i[:, None] * (N * D + R) + c, out, mask=ok[:, None])
             tl.store(lse_ptr + head * tokens + i, top + tl.log2(total), mask=ok)
-            if P > 0:
-                if DROP:
-                    kept, grow = _kept(drop_ptr, site_ptr, i, ok, c)
-                    out = tl.where(kept, out * grow.to(kind), 0.0).to(kind)
-                p = tl.arange(0, Q)
-                a = tl.load(a_ptr + p[None, :] * (N * D) + c[:, None], mask=(p < P)[None, :], other=0.0)
-                tl.store(part_ptr + (head * tokens + i)[:, None] * Q + p, _dot(out, a), mask=ok[:, None])
+            if STRIP and head == 0:
+                r = tl.arange(0, R)
+                strip = tl.load(strip_ptr + i[:, None] * R + r, mask=ok[:, None], other=0.0)
+                tl.store(out_ptr + i[:, None] * (N * D + R) + N * D + r, strip, mask=ok[:, None])
 
     @triton.jit
     def _scores(q1, q2, k1, k2, do, v, delta, lse, i, j, ok, there, scale):
@@ -123,35 +117,23 @@ if AVAILABLE:
 
     @triton.jit
     def _query_side(
-        qkv_ptr, cos_ptr, sin_ptr, lse_ptr, dx_ptr, out_ptr, a_ptr, drop_ptr, site_ptr, s, gain, head, i, ok, tokens,
-        N: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
-        R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, DROP: tl.constexpr,
+        qkv_ptr, cos_ptr, sin_ptr, delta_ptr, lse_ptr, dout_ptr, head, i, ok, tokens,
+        stride: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
     ):  # fmt: skip
-        """What backward needs of one head's query rows: both halves of q, d out, Σ d out · out, log2-sum-exp."""
-        c = head * D + tl.arange(0, D)
-        q1, q2 = _rotated(qkv_ptr + head * D, cos_ptr, sin_ptr, i, ok, (N + 2 * K) * D, D // 2)
-        do = gain * _through_lora(dx_ptr, a_ptr, drop_ptr, site_ptr, s, i, ok, c, N * D, R, P, Q, DROP)
-        do = do.to(q1.dtype)
-        out = tl.load(out_ptr + i[:, None] * (N * D + R) + c, mask=ok[:, None], other=0.0)
-        delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
+        """What backward needs of one head's query rows: both halves of q, d out, delta, log2-sum-exp."""
+        q1, q2 = _rotated(qkv_ptr + head * D, cos_ptr, sin_ptr, i, ok, stride, D // 2)
+        do = tl.load(dout_ptr + i[:, None] * (N * D) + head * D + tl.arange(0, D), mask=ok[:, None], other=0.0)
+        delta = tl.load(delta_ptr + head * tokens + i, mask=ok, other=0.0)
         lse = tl.load(lse_ptr + head * tokens + i, mask=ok, other=0.0)
         return q1, q2, do, delta, lse
 
-    @triton.jit
-    def _along(d1, d2, x1, x2):
-        """Σ d · x of each row, both in halves."""
-        return tl.sum(d1 * x1.to(tl.float32), 1) + tl.sum(d2 * x2.to(tl.float32), 1)
-
     @triton.jit(do_not_specialize=["tokens", "documents"])
     def _backward(
-        qkv_ptr, cos_ptr, sin_ptr, cu_ptr, lse_ptr, dx_ptr, out_ptr, dqkv_ptr, along_ptr, a_ptr, drop_ptr, site_ptr,
-        s, gain, tokens, documents, scale,
+        qkv_ptr, cos_ptr, sin_ptr, cu_ptr, delta_ptr, lse_ptr, dout_ptr, dqkv_ptr, tokens, documents, scale,
         N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, S: tl.constexpr, B: tl.constexpr,
-        R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, DROP: tl.constexpr,
     ):  # fmt: skip
         """One program a (block, key head) for dk and dv, and one a (block, query head) for dq. Where a document is one
-        block, the former's scores are all there is: it stores dq too. along [K + N, T]: each program's share of Σ d qkv
-        · qkv over a row. dx [T, N · D + R]: the gradient of [out | h]."""
+        block, the former's scores are all there is: it stores dq too."""
         F: tl.constexpr = D // 2
         G: tl.constexpr = N // K
         stride: tl.constexpr = (N + 2 * K) * D
@@ -160,12 +142,11 @@ if AVAILABLE:
         one = last - first <= B
         mine = first + place * B + tl.arange(0, B)
         ok = mine < last
-        along = tl.zeros((B,), tl.float32)
         if (last > 0) & (task < K):
             kv = task
             k1, k2 = _rotated(qkv_ptr + (N + kv) * D, cos_ptr, sin_ptr, mine, ok, stride, F)
-            v_at = (N + K + kv) * D + mine[:, None] * stride + tl.arange(0, D)
-            v = tl.load(qkv_ptr + v_at, mask=ok[:, None], other=0.0)
+            v_at = qkv_ptr + (N + K + kv) * D + mine[:, None] * stride + tl.arange(0, D)
+            v = tl.load(v_at, mask=ok[:, None], other=0.0)
             dk1 = tl.zeros((B, F), tl.float32)
             dk2 = tl.zeros((B, F), tl.float32)
             dv = tl.zeros((B, D), tl.float32)
@@ -174,67 +155,36 @@ if AVAILABLE:
                 there = i < last
                 head = kv * G + at % G
                 q1, q2, do, delta, lse = _query_side(
-                    qkv_ptr, cos_ptr, sin_ptr, lse_ptr, dx_ptr, out_ptr, a_ptr, drop_ptr, site_ptr, s, gain, head, i,
-                    there, tokens, N, K, D, R, P, Q, DROP,
-                )  # fmt: skip
+                    qkv_ptr, cos_ptr, sin_ptr, delta_ptr, lse_ptr, dout_ptr, head, i, there, tokens, stride, N, D
+                )
                 p, ds = _scores(q1, q2, k1, k2, do, v, delta, lse, i, mine, there, ok, scale)
                 dv += _dot(tl.trans(p), do)
                 dk1 += _dot(tl.trans(ds), q1)
                 dk2 += _dot(tl.trans(ds), q2)
                 if one:
                     dq1, dq2 = _dot(ds, k1), _dot(ds, k2)
-                    along += _along(dq1, dq2, q1, q2)
                     _store_unrotated(dqkv_ptr + head * D, cos_ptr, sin_ptr, i, there, stride, dq1, dq2, F)
-            along += _along(dk1, dk2, k1, k2) + tl.sum(dv * v.to(tl.float32), 1)
             _store_unrotated(dqkv_ptr + (N + kv) * D, cos_ptr, sin_ptr, mine, ok, stride, dk1, dk2, F)
-            tl.store(dqkv_ptr + v_at, dv.to(dqkv_ptr.dtype.element_ty), mask=ok[:, None])
+            dv_at = dqkv_ptr + (N + K + kv) * D + mine[:, None] * stride + tl.arange(0, D)
+            tl.store(dv_at, dv.to(dqkv_ptr.dtype.element_ty), mask=ok[:, None])
         if (task >= K) & (last - first > B):
             head = task - K
             kv = head // G
             q1, q2, do, delta, lse = _query_side(
-                qkv_ptr, cos_ptr, sin_ptr, lse_ptr, dx_ptr, out_ptr, a_ptr, drop_ptr, site_ptr, s, gain, head, mine,
-                ok, tokens, N, K, D, R, P, Q, DROP,
-            )  # fmt: skip
+                qkv_ptr, cos_ptr, sin_ptr, delta_ptr, lse_ptr, dout_ptr, head, mine, ok, tokens, stride, N, D
+            )
             dq1 = tl.zeros((B, F), tl.float32)
             dq2 = tl.zeros((B, F), tl.float32)
             for block in range(0, place + 1):
                 j = first + block * B + tl.arange(0, B)
                 there = j < last
                 k1, k2 = _rotated(qkv_ptr + (N + kv) * D, cos_ptr, sin_ptr, j, there, stride, F)
-                v_at = (N + K + kv) * D + j[:, None] * stride + tl.arange(0, D)
-                v = tl.load(qkv_ptr + v_at, mask=there[:, None], other=0.0)
+                v_at = qkv_ptr + (N + K + kv) * D + j[:, None] * stride + tl.arange(0, D)
+                v = tl.load(v_at, mask=there[:, None], other=0.0)
                 _, ds = _scores(q1, q2, k1, k2, do, v, delta, lse, mine, j, ok, there, scale)
                 dq1 += _dot(ds, k1)
                 dq2 += _dot(ds, k2)
-            along += _along(dq1, dq2, q1, q2)
             _store_unrotated(dqkv_ptr + head * D, cos_ptr, sin_ptr, mine, ok, stride, dq1, dq2, F)
-        tl.store(along_ptr + task * tokens + mine, along, mask=ok)
-
-
-class Behind(NamedTuple):
-    """The adapter of the linear behind attention, as `fused_ops.Slot` has it; the default is none.
-
-    Its gradient is `gain` · that of its input; drop: see `kernels._kept`, None for no dropout.
-    """
-
-    a: Tensor | None = None
-    site: Tensor | None = None
-    drop: Tensor | None = None
-    s: float = 1.0
-    gain: float = 1.0
-    R: int = 0
-    P: int = 0
-    Q: int = 16
-
-    def pointers(self, other: Tensor) -> tuple[Tensor, ...]:
-        """a, drop, site; `other` where nothing is ever read."""
-        return tuple(other if t is None else t for t in (self.a, self.drop, self.site))
-
-    def constants(self) -> dict[str, Any]:
-        return {"R": self.R, "P": self.P, "Q": self.Q, "DROP": self.drop is not None}
-
-
-NOTHING = Behind()
 
 
 def _constants(qkv: Tensor, cu_seqlens: Tensor, heads: int, kv_heads: int) -> dict[str, int]:
@@ -248,37 +198,34 @@ def _blocks(tokens: int, documents: int) -> int:
 
 def attend_forward(
     qkv_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor, cu_seqlens: Tensor, out: Tensor, heads: int, kv_heads: int,
-    scale: float, behind: Behind = NOTHING,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Fills the first N · D columns of `out` [T, N · D + R]; returns (log2-sum-exp [N, T], dropout(out) Aᵀ by heads
-    [N, T, Q], both float32). See `rope_attention`."""
+    scale: float, strip_TR: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Fills the first N · D columns of `out` [T, N · D + R], and the rest from `strip` where there is one; returns
+    log2-sum-exp [N, T]. See `rope_attention`."""
     tokens, documents = qkv_TX.shape[0], cu_seqlens.numel() - 1
+    constants = _constants(qkv_TX, cu_seqlens, heads, kv_heads)
     lse = torch.empty(heads, tokens, dtype=torch.float32, device=qkv_TX.device)
-    part = torch.empty(heads, tokens, behind.Q, dtype=torch.float32, device=qkv_TX.device) if behind.P else lse
     launch(
         _forward, (_blocks(tokens, documents), heads),
-        qkv_TX, cos_TF, sin_TF, cu_seqlens, out, lse, part, *behind.pointers(cu_seqlens), tokens, documents, scale,
-        **_constants(qkv_TX, cu_seqlens, heads, kv_heads), **behind.constants(), **OPTIONS["forward"],
+        qkv_TX, cos_TF, sin_TF, cu_seqlens, out, lse, out if strip_TR is None else strip_TR, tokens, documents, scale,
+        **constants, R=out.shape[1] - heads * constants["D"], STRIP=strip_TR is not None, **OPTIONS["forward"],
     )  # fmt: skip
-    return lse, part
+    return lse
 
 
 def attend_backward(
-    dx: Tensor, qkv_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor, cu_seqlens: Tensor, out: Tensor, lse: Tensor,
-    heads: int, kv_heads: int, scale: float, behind: Behind = NOTHING,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(d qkv, along [K + N, T] float32: its sum over heads is Σ d qkv · qkv of a row). dx, out: [T, N · D + R],
-    contiguous."""
+    dout: Tensor, qkv_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor, cu_seqlens: Tensor, delta: Tensor, lse: Tensor,
+    heads: int, kv_heads: int, scale: float,
+) -> Tensor:  # fmt: skip
+    """d qkv; dout [T, N · D] contiguous, delta [N, T] float32: the sum of dout · out over each head."""
     tokens, documents = qkv_TX.shape[0], cu_seqlens.numel() - 1
     dqkv = torch.empty_like(qkv_TX)
-    along = torch.empty(kv_heads + heads, tokens, dtype=torch.float32, device=qkv_TX.device)
     launch(
         _backward, (_blocks(tokens, documents), kv_heads + heads),
-        qkv_TX, cos_TF, sin_TF, cu_seqlens, lse, dx, out, dqkv, along, *behind.pointers(cu_seqlens), behind.s,
-        behind.gain, tokens, documents, scale,
-        **_constants(qkv_TX, cu_seqlens, heads, kv_heads), **behind.constants(), **OPTIONS["backward"],
+        qkv_TX, cos_TF, sin_TF, cu_seqlens, delta, lse, dout, dqkv, tokens, documents, scale,
+        **_constants(qkv_TX, cu_seqlens, heads, kv_heads), **OPTIONS["backward"],
     )  # fmt: skip
-    return dqkv, along
+    return dqkv
 
 
 @torch.library.custom_op("minitune::rope_attention", mutates_args=())
@@ -292,7 +239,7 @@ def rope_attention(
     """
     width = heads * (qkv_TX.shape[1] // (heads + 2 * kv_heads))
     out = torch.empty(qkv_TX.shape[0], width, dtype=qkv_TX.dtype, device=qkv_TX.device)
-    return out, attend_forward(qkv_TX, cos_TF, sin_TF, cu_seqlens, out, heads, kv_heads, scale)[0]
+    return out, attend_forward(qkv_TX, cos_TF, sin_TF, cu_seqlens, out, heads, kv_heads, scale)
 
 
 @rope_attention.register_fake
@@ -316,8 +263,8 @@ def rope_attention_backward(
     scale: float,
 ) -> Tensor:
     """d loss / d qkv of `rope_attention`."""
-    dout = dout.contiguous()
-    return attend_backward(dout, qkv_TX, cos_TF, sin_TF, cu_seqlens, out, lse, heads, kv_heads, scale)[0]
+    delta = (dout.float() * out.float()).view(out.shape[0], heads, -1).sum(-1).T.contiguous()
+    return attend_backward(dout.contiguous(), qkv_TX, cos_TF, sin_TF, cu_seqlens, delta, lse, heads, kv_heads, scale)
 
 
 @rope_attention_backward.register_fake

@@ -6,8 +6,8 @@ multiplication and a kernel of `fused_kernels` in turn; autograd sees one functi
   adapter are one multiplication, and so are the gradients of input and h.
 - All adapters are slices of one float32 parameter: one optimizer call, one norm; `refresh` makes the computation's
   copies of it after each update.
-- Frozen weights get no gradient, so only what `backward` names is kept; with `keep=False` two hidden states a layer,
-  and the rest is computed again (all but the two multiplications whose results nothing needs).
+- Frozen weights get no gradient, so only what `backward` names is kept; with `keep=False` one hidden state and two
+  strips a layer, and the rest is computed again (all but down, whose result nothing needs, and the products with A).
 
 Legend: T tokens, H hidden, X inputs, Y outputs, R a strip's width, P rows of A, F FFN width, N heads, D head width.
 """
@@ -35,7 +35,6 @@ from minitune.model.fused_ops import (
     silu_mul,
     silu_mul_back,
     strip,
-    strip_of_parts,
 )
 from minitune.model.lora import Dropout
 from minitune.model.rope import rotate
@@ -90,12 +89,14 @@ def row_table(linear: Linear) -> tuple[Tensor, Tensor]:
 
 
 class Kept(NamedTuple):
-    """What a layer's backward needs. Without the rest, x1 and x2 alone, it is computed again."""
+    """What a layer's backward needs. Without the rest, its input x1 and the strips of q|k|v and o alone, it is computed
+    again."""
 
     x1: Tensor
-    x2: Tensor
-    attention: tuple[Any, ...] | None = None
-    mlp: tuple[Any, ...] | None = None
+    strips: tuple[Tensor | None, Tensor | None] = (None, None)
+    x2: Tensor | None = None
+    attention: tuple[Any, ...] = ()
+    mlp: tuple[Any, ...] = ()
 
 
 @dataclass
@@ -183,22 +184,23 @@ class FusedStack:
 
     # Forward
 
-    def attention(self, i: int, x: Tensor, y: Tensor | None, ctx: Context) -> tuple[Tensor, tuple[Any, ...]]:
-        """(x + m · y, what backward needs) of a layer's attention, its output in the last of them."""
-        slots, attn = self.slots[i], self.layer(i).attn
-        x1, n, rstd = norm_in(x, y, self.gain, self.layer(i).attn_norm, slots["attn.qkv"], ctx.drop)
-        qkv = slots["attn.qkv"].forward(n)
-        o = slots["attn.o"]
-        out = torch.empty(x.shape[0], o.X + o.R, dtype=x.dtype, device=x.device)
+    def attention(
+        self, i: int, x: Tensor, y: Tensor | None, ctx: Context, strips: tuple[Tensor | None, ...] | None = None
+    ) -> tuple[Tensor, tuple[Any, ...], tuple[Tensor | None, Tensor | None]]:
+        """(x + m · y, what backward needs of a layer's attention, its output in the last of them, the strips of q|k|v
+        and o where they are kept). strips: those of an earlier pass, which are not computed again."""
+        attn, qkv_, o_ = self.layer(i).attn, self.slots[i]["attn.qkv"], self.slots[i]["attn.o"]
+        again, keep = strips is not None, not self.keep
+        first, second = strips or (None, None)
+        x1, n, rstd = norm_in(x, y, self.gain, self.layer(i).attn_norm, qkv_, first)
+        if not again:
+            first = strip(n, qkv_, ctx.drop, keep)
+        qkv = qkv_.forward(n)
+        out = torch.empty(x.shape[0], o_.X + o_.R, dtype=x.dtype, device=x.device)
+        state: Any
         if ctx.layout.kernel == "short":
-            behind = o.behind(ctx.drop, self.gain)
-            state: Any
-            state, parts = attend_forward(
-                qkv, ctx.cos[:, 0], ctx.sin[:, 0], ctx.layout.cu_seqlens, out,
-                attn.heads, attn.kv_heads, attn.scale, behind,
-            )  # fmt: skip
-            if o.R:
-                strip_of_parts(out, parts, o)
+            cos, sin, cu = ctx.cos[:, 0], ctx.sin[:, 0], ctx.layout.cu_seqlens
+            state = attend_forward(qkv, cos, sin, cu, out, attn.heads, attn.kv_heads, attn.scale, second)
         else:
             heads = (attn.heads, attn.kv_heads, attn.kv_heads)
             with torch.enable_grad():
@@ -207,16 +209,20 @@ class FusedStack:
                 q, k = rotate(q, ctx.cos, ctx.sin), rotate(k, ctx.cos, ctx.sin)
                 result = ctx.layout.attend(q, k, v, attn.scale).reshape(x.shape[0], -1)
             state = (leaf, result)
-            out[:, : o.X] = result.detach()
-            strip(out, o, ctx.drop)
-        return x1, (rstd, n, qkv, state, out)
+            out[:, : o_.X] = result.detach()
+            if second is not None:
+                out[:, o_.X :] = second
+        if not again:
+            second = strip(out, o_, ctx.drop, keep)
+        return x1, (rstd, n, qkv, state, out), (first, second)
 
-    def mlp(self, i: int, x: Tensor, y: Tensor | None, ctx: Context) -> tuple[Tensor, tuple[Any, ...]]:
-        """The same of its MLP."""
-        slots = self.slots[i]
-        x2, n, rstd = norm_in(x, y, self.gain, self.layer(i).mlp_norm, slots["mlp.gate_up"], ctx.drop)
-        gate_up = slots["mlp.gate_up"].forward(n)
-        return x2, (rstd, n if slots["mlp.gate_up"].R else None, gate_up)
+    def mlp(self, i: int, x: Tensor, y: Tensor, ctx: Context) -> tuple[Tensor, tuple[Any, ...]]:
+        """(x + m · y, what backward needs) of its MLP."""
+        slot = self.slots[i]["mlp.gate_up"]
+        x2, n, rstd = norm_in(x, y, self.gain, self.layer(i).mlp_norm, slot)
+        strip(n, slot, ctx.drop)
+        gate_up = slot.forward(n)
+        return x2, (rstd, n if slot.R else None, gate_up)
 
     def activated(self, i: int, gate_up: Tensor, ctx: Context) -> Tensor:
         act = silu_mul(gate_up, self.slots[i]["mlp.down"])
@@ -225,10 +231,10 @@ class FusedStack:
 
     def layer_forward(self, i: int, x: Tensor, y: Tensor | None, ctx: Context) -> tuple[Tensor, Tensor, Kept]:
         """(x, y): the residual stream, and what is still to be added to it times m."""
-        x1, attention = self.attention(i, x, y, ctx)
+        x1, attention, strips = self.attention(i, x, y, ctx)
         x2, mlp = self.mlp(i, x1, self.slots[i]["attn.o"].forward(attention[-1]), ctx)
         y = self.slots[i]["mlp.down"].forward(self.activated(i, mlp[-1], ctx))
-        return x2, y, Kept(x1, x2, attention, mlp) if self.keep else Kept(x1, x2)
+        return x2, y, Kept(x1, strips, x2, attention, mlp) if self.keep else Kept(x1, strips)
 
     # Backward
 
@@ -237,7 +243,13 @@ class FusedStack:
         of q|k|v until the next `beside.join`. The first layer's input needs no gradient: d is worthless then."""
         slots, layer, drop, m, beside = self.slots[i], self.layer(i), ctx.drop, self.gain, self.beside
         qkv_, o_, gate_up_, down_ = (slots[kind] for kind in Slot.KINDS)
-        rstd, n, gate_up = kept.mlp or self.mlp(i, kept.x2, None, ctx)[1]
+        x1, strips, x2, attention, mlp = kept
+        if x2 is None:
+            beside.join()  # gives memory back
+            attention = self.attention(i, x1, None, ctx, strips)[1]
+            x2, mlp = self.mlp(i, x1, o_.forward(attention[-1]), ctx)
+
+        rstd, n, gate_up = mlp
         d_act = down_.backward(d, beside)
         if down_.R:
             beside.join()
@@ -248,36 +260,35 @@ class FusedStack:
         if gate_up_.R:
             beside.join()
             grads(gate_up, n, d_n, gate_up_, drop, 1.0)
-        del gate_up
-        norm_back(d, d_n, gate_up_, drop, kept.x2, rstd, layer.mlp_norm, along)
+        del gate_up, mlp
+        norm_back(d, d_n, gate_up_, drop, x2, rstd, layer.mlp_norm, along)
 
-        rstd, n, qkv, state, out = kept.attention or self.attention(i, kept.x1, None, ctx)[1]
+        rstd, n, qkv, state, out = attention
         d_out = o_.backward(d, beside)
         if o_.R:
             with beside(d, out, d_out):
                 grads(d, out, d_out, o_, drop, m)
-        d_qkv, along = self.attention_backward(i, d_out, qkv, state, out, ctx)
+        d_qkv = self.attention_backward(i, d_out, qkv, state, out, ctx)
+        if qkv_.R:
+            along = torch.empty(1, d.shape[0], dtype=torch.float32, device=d.device)
+            with beside(d_qkv, qkv, along):
+                along_rows(d_qkv, qkv, along)
         d_n = qkv_.backward(d_qkv, beside, needs_dx=i > 0)
-        beside.join()  # d is about to change, and the norm needs dh
+        beside.join()  # d is about to change, and the norm needs what came of the side
         if qkv_.R:
             with beside(d_qkv, n, d_n):
                 grads(d_qkv, n, d_n, qkv_, drop, 1.0)
         if i > 0:
-            norm_back(d, d_n, qkv_, drop, kept.x1, rstd, layer.attn_norm, along)
+            norm_back(d, d_n, qkv_, drop, x1, rstd, layer.attn_norm, along)
 
-    def attention_backward(
-        self, i: int, d_out: Tensor, qkv: Tensor, state: Any, out: Tensor, ctx: Context
-    ) -> tuple[Tensor, Tensor]:
-        """(d qkv, shares of Σ d qkv · qkv of each row)."""
+    def attention_backward(self, i: int, d_out: Tensor, qkv: Tensor, state: Any, out: Tensor, ctx: Context) -> Tensor:
         attn, o = self.layer(i).attn, self.slots[i]["attn.o"]
+        d, delta = input_back(d_out, out, o, ctx.drop, self.gain, attn.head_dim)
         if ctx.layout.kernel == "short":
-            return attend_backward(
-                d_out, qkv, ctx.cos[:, 0], ctx.sin[:, 0], ctx.layout.cu_seqlens, out, state,
-                attn.heads, attn.kv_heads, attn.scale, o.behind(ctx.drop, self.gain),
-            )  # fmt: skip
+            cos, sin, cu = ctx.cos[:, 0], ctx.sin[:, 0], ctx.layout.cu_seqlens
+            return attend_backward(d, qkv, cos, sin, cu, delta, state, attn.heads, attn.kv_heads, attn.scale)
         leaf, result = state
-        d_qkv = torch.autograd.grad(result, leaf, input_back(d_out, o, ctx.drop, self.gain))[0]
-        return d_qkv, along_rows(d_qkv, qkv)
+        return torch.autograd.grad(result, leaf, d)[0]
 
     @property
     def gain(self) -> float:

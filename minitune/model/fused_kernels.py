@@ -22,10 +22,11 @@ if AVAILABLE:
 
     @triton.jit
     def _norm_in(
-        x_ptr, y_ptr, gain, weight_ptr, sum_ptr, out_ptr, rstd_ptr, eps,
-        H: tl.constexpr, R: tl.constexpr, SUM: tl.constexpr, BH: tl.constexpr,
+        x_ptr, y_ptr, gain, weight_ptr, sum_ptr, out_ptr, strip_ptr, rstd_ptr, eps,
+        H: tl.constexpr, R: tl.constexpr, SUM: tl.constexpr, STRIP: tl.constexpr, BH: tl.constexpr,
     ):  # fmt: skip
-        """sum = x + gain · y; out = [norm(sum) | room for h]; rstd. A row a program, BH >= H."""
+        """sum = x + gain · y; out = [norm(sum) | room for h, or with STRIP the strip [T, R]]; rstd. A row a program,
+        BH >= H."""
         t = tl.program_id(0)
         c = tl.arange(0, BH)
         kind = out_ptr.dtype.element_ty
@@ -39,6 +40,9 @@ if AVAILABLE:
         tl.store(rstd_ptr + t, rstd)
         weight = tl.load(weight_ptr + c, mask=c < H, other=0.0).to(kind)
         tl.store(out_ptr + t * (H + R) + c, (wide * rstd).to(kind) * weight, mask=c < H)
+        if STRIP:
+            r = tl.arange(0, R)
+            tl.store(out_ptr + t * (H + R) + H + r, tl.load(strip_ptr + t * R + r))
 
     @triton.jit(do_not_specialize=["tokens", "span"])
     def _strip_parts(
@@ -67,21 +71,27 @@ if AVAILABLE:
 
     @triton.jit(do_not_specialize=["tokens", "spans"])
     def _strip(
-        x_ptr, part_ptr, s, tokens, spans,
-        X: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, C: tl.constexpr, BT: tl.constexpr,
+        x_ptr, part_ptr, keep_ptr, s, tokens, spans,
+        X: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, C: tl.constexpr, KEEP: tl.constexpr, BT: tl.constexpr,
     ):  # fmt: skip
-        """Fills the strip of [x | h]: h = s · the sum of the parts [spans <= C, T, Q], and zeros behind it."""
+        """Fills the strip of [x | h]: h = s · the sum of the parts [spans <= C, T, Q], and zeros behind it; with KEEP
+        also keep [T, R], the same."""
         t = tl.program_id(0) * BT + tl.arange(0, BT)
         ok = t < tokens
         p, i = tl.arange(0, Q), tl.arange(0, C)
         place = (i[:, None, None] * tokens + t[None, :, None]) * Q + p[None, None, :]
         there = (i < spans)[:, None, None] & ok[None, :, None]
         h = tl.sum(tl.load(part_ptr + place, mask=there, other=0.0), 0) * s
+        h = h.to(x_ptr.dtype.element_ty)
         strip = x_ptr + t[:, None] * (X + R) + X
-        tl.store(strip + p[None, :], h.to(x_ptr.dtype.element_ty), mask=ok[:, None])
+        tl.store(strip + p[None, :], h, mask=ok[:, None])
         rest = tl.arange(0, R)
         zero = tl.zeros((BT, R), x_ptr.dtype.element_ty)
-        tl.store(strip + rest[None, :], zero, mask=ok[:, None] & (rest >= Q)[None, :])
+        behind = ok[:, None] & (rest >= Q)[None, :]
+        tl.store(strip + rest[None, :], zero, mask=behind)
+        if KEEP:
+            tl.store(keep_ptr + t[:, None] * R + p[None, :], h, mask=ok[:, None])
+            tl.store(keep_ptr + t[:, None] * R + rest[None, :], zero, mask=behind)
 
     @triton.jit(do_not_specialize=["tokens", "parts"])
     def _norm_back(
@@ -136,17 +146,22 @@ if AVAILABLE:
 
     @triton.jit(do_not_specialize=["tokens"])
     def _input_back(
-        dx_ptr, out_ptr, a_ptr, drop_ptr, site_ptr, s, gain, tokens,
+        dx_ptr, out_ptr, delta_ptr, y_ptr, a_ptr, drop_ptr, site_ptr, s, gain, tokens,
         X: tl.constexpr, R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, DROP: tl.constexpr,
         BT: tl.constexpr, BH: tl.constexpr,
     ):  # fmt: skip
-        """out [T, X] = gain · the gradient of x."""
+        """out [T, X] = gain · the gradient of x; for each head (BH columns), delta [N, T] = Σ out · y, which
+        attention's backward begins with; y [T, X + R] is what attention gave."""
         t = tl.program_id(0) * BT + tl.arange(0, BT)
         ok = t < tokens
         c = tl.program_id(1) * BH + tl.arange(0, BH)
-        d = gain * _through_lora(dx_ptr, a_ptr, drop_ptr, site_ptr, s, t, ok, c, X, R, P, Q, DROP)
         there = ok[:, None] & (c < X)[None, :]
-        tl.store(out_ptr + t[:, None] * X + c, d.to(out_ptr.dtype.element_ty), mask=there)
+        d = gain * _through_lora(dx_ptr, a_ptr, drop_ptr, site_ptr, s, t, ok, c, X, R, P, Q, DROP)
+        d = d.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + t[:, None] * X + c, d, mask=there)
+        y = tl.load(y_ptr + t[:, None] * (X + R) + c, mask=there, other=0.0)
+        delta = tl.sum(d.to(tl.float32) * y.to(tl.float32), 1)
+        tl.store(delta_ptr + tl.program_id(1) * tokens + t, delta, mask=ok)
 
     @triton.jit(do_not_specialize=["tokens"])
     def _grads(

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from minitune.model import fused_kernels as fk
-from minitune.model.attention_kernels import Behind
 from minitune.model.decoder import Linear
 from minitune.model.kernels import launch
 
@@ -33,7 +32,7 @@ TILES = {
     "norm_in": Tile(1, 0, 8),  # the columns are a row
     "strip": Tile(16, 128, 2),
     "norm_back": Tile(32, 128),
-    "input_back": Tile(32, 64, 2),
+    "input_back": Tile(32, 0, 2),  # the columns are a head
     "silu_mul": Tile(1, 1024),
     "silu_mul_back": Tile(16, 128, 8),
     "grads": Tile(64, 32),
@@ -85,12 +84,6 @@ class Slot:
             self.Q = max(16, next_power_of_2(self.P))
             self.site, (self.part, self.row) = linear.lora.site, rows
 
-    def behind(self, drop: Tensor | None, gain: float) -> Behind:
-        """What attention needs of the linear behind it."""
-        if not self.R:
-            return Behind(gain=gain)
-        return Behind(self.a, self.site, drop, self.s, gain, self.R, self.P, self.Q)
-
     def forward(self, x_TX: Tensor) -> Tensor:
         return torch.mm(x_TX, self.wide.t())
 
@@ -111,26 +104,26 @@ def _grid(tokens: int, columns: int, tile: Tile) -> tuple[int, int]:
 
 
 def norm_in(
-    x: Tensor, y: Tensor | None, gain: float, norm: Any, slot: Slot, drop: Tensor | None
+    x: Tensor, y: Tensor | None, gain: float, norm: Any, slot: Slot, strip: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(x + gain · y, [norm of it | h], 1/rms [T])."""
+    """(x + gain · y, [norm of it | its strip, or room for one], 1/rms [T])."""
     tokens, width = x.shape
     total = torch.empty_like(x) if y is not None else x
     out = torch.empty(tokens, width + slot.R, dtype=x.dtype, device=x.device)
     rstd = torch.empty(tokens, dtype=torch.float32, device=x.device)
     launch(
         fk._norm_in, (tokens,),
-        x, y if y is not None else x, gain, norm.weight, total, out, rstd, norm.eps,
-        H=width, R=slot.R, SUM=y is not None, BH=next_power_of_2(width), num_warps=TILES["norm_in"].warps,
+        x, _or(y, x), gain, norm.weight, total, out, _or(strip, x), rstd, norm.eps,
+        H=width, R=slot.R, SUM=y is not None, STRIP=strip is not None, BH=next_power_of_2(width),
+        num_warps=TILES["norm_in"].warps,
     )  # fmt: skip
-    strip(out, slot, drop)
     return total, out, rstd
 
 
-def strip(x: Tensor, slot: Slot, drop: Tensor | None) -> None:
-    """Fills the strip of [x | h]."""
+def strip(x: Tensor, slot: Slot, drop: Tensor | None, keep: bool = False) -> Tensor | None:
+    """Fills the strip of [x | h]. keep: gives it again, in memory of its own."""
     if not slot.R:
-        return
+        return None
     tile, tokens = TILES["strip"], x.shape[0]
     rows, columns = _grid(tokens, slot.X, tile)
     span = tile.columns * -(-columns // max(1, min(columns, PROGRAMS // rows)))
@@ -141,16 +134,13 @@ def strip(x: Tensor, slot: Slot, drop: Tensor | None) -> None:
         x, slot.a, _or(drop, x), slot.site, parts, tokens, span, X=slot.X, R=slot.R, P=slot.P, Q=slot.Q,
         DROP=drop is not None, BT=tile.rows, BH=tile.columns, num_warps=tile.warps,
     )  # fmt: skip
-    strip_of_parts(x, parts, slot)
-
-
-def strip_of_parts(x: Tensor, parts: Tensor, slot: Slot) -> None:
-    """The same from parts [spans, T, Q] of dropout(x) Aᵀ."""
-    spans, tokens, _ = parts.shape
+    kept = torch.empty(tokens, slot.R, dtype=x.dtype, device=x.device) if keep else None
     launch(
         fk._strip, (-(-tokens // 4),),
-        x, parts, slot.s, tokens, spans, X=slot.X, R=slot.R, Q=slot.Q, C=next_power_of_2(spans), BT=4, num_warps=4,
+        x, parts, _or(kept, x), slot.s, tokens, spans, X=slot.X, R=slot.R, Q=slot.Q, C=next_power_of_2(spans),
+        KEEP=keep, BT=4, num_warps=4,
     )  # fmt: skip
+    return kept
 
 
 def silu_mul(gate_up: Tensor, slot: Slot) -> Tensor:
@@ -203,24 +193,25 @@ def norm_back(
     )  # fmt: skip
 
 
-def along_rows(dy: Tensor, y: Tensor) -> Tensor:
-    """[1, T] float32: Σ dy · y of each row."""
-    out = torch.empty(1, dy.shape[0], dtype=torch.float32, device=dy.device)
-    launch(fk._along, (dy.shape[0],), dy, y, out, Y=dy.shape[1], B=1024, num_warps=4)
-    return out
+def along_rows(dy: Tensor, y: Tensor, along: Tensor) -> None:
+    """along [1, T] float32 = Σ dy · y of each row."""
+    launch(fk._along, (dy.shape[0],), dy, y, along, Y=dy.shape[1], B=1024, num_warps=4)
 
 
-def input_back(dx: Tensor, slot: Slot, drop: Tensor | None, gain: float) -> Tensor:
-    """gain · the gradient of the input [T, X]."""
+def input_back(
+    dx: Tensor, y: Tensor, slot: Slot, drop: Tensor | None, gain: float, head_dim: int
+) -> tuple[Tensor, Tensor]:
+    """(gain · the gradient of the input [T, X], delta [N, T])."""
     tile, tokens = TILES["input_back"], dx.shape[0]
     out = torch.empty(tokens, slot.X, dtype=dx.dtype, device=dx.device)
+    delta = torch.empty(slot.X // head_dim, tokens, dtype=torch.float32, device=dx.device)
     launch(
-        fk._input_back, _grid(tokens, slot.X, tile),
-        dx, out, slot.a, _or(drop, dx), slot.site, slot.s, gain, tokens,
+        fk._input_back, _grid(tokens, slot.X, tile._replace(columns=head_dim)),
+        dx, out, delta, y, slot.a, _or(drop, dx), slot.site, slot.s, gain, tokens,
         X=slot.X, R=slot.R, P=slot.P, Q=slot.Q, DROP=drop is not None,
-        BT=tile.rows, BH=tile.columns, num_warps=tile.warps,
+        BT=tile.rows, BH=head_dim, num_warps=tile.warps,
     )  # fmt: skip
-    return out
+    return out, delta
 
 
 def grads(dy: Tensor, x: Tensor, dx: Tensor, slot: Slot, drop: Tensor | None, gain: float) -> None:
@@ -234,6 +225,6 @@ def grads(dy: Tensor, x: Tensor, dx: Tensor, slot: Slot, drop: Tensor | None, ga
     )  # fmt: skip
 
 
-def _or(drop: Tensor | None, other: Tensor) -> Tensor:
-    """A pointer that is never read where there is no dropout."""
-    return other if drop is None else drop
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """The tensor, or where there is none a pointer that is never read."""
+    return other if tensor is None else tensor

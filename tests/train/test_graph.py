@@ -161,7 +161,7 @@ def test_what_is_compiled_early_is_not_compiled_again(keep: bool) -> None:
         compiled.append(str(more["fn"]))
 
     # a shape of its own: what another test has compiled would not be compiled again
-    step = fused_on("cuda", torch.bfloat16, keep, replace(SHAPE, hidden_size=160, intermediate_size=224 + 32 * keep))
+    step = fused_on("cuda", torch.bfloat16, keep, replace(SHAPE, hidden_size=160 + 32 * keep))
     lora = step.decoder.lora_config
     assert lora is not None
     packed = packs(4)
