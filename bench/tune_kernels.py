@@ -85,10 +85,11 @@ def main() -> None:
     drop = torch.randint(-(2**31), 2**31 - 1, (2 + T,), device="cuda", dtype=torch.int32)
     drop[0], drop[1] = int(0.1 * 2**32) - 2**31, torch.tensor(1 / 0.9).view(torch.int32)
     x, y, n, wide_y, gate_up, act = made(T, H), made(T, H), made(T, H + 64), made(T, 3 * H), made(T, 2 * F), made(T, F)
+    counts = fused_ops.Counts(torch.device("cuda"))
     rstd, along = torch.rand(T, device="cuda"), torch.rand(1, T, device="cuda")
     calls: dict[str, Callable[[], object]] = {
         "norm_in": lambda: fused_ops.norm_in(x, y, 0.2, norm, qkv),
-        "strip": lambda: fused_ops.strip(n, o, drop),
+        "strip": lambda: fused_ops.strip(n, o, drop, counts),
         "norm_back": lambda: fused_ops.norm_back(y, n, qkv, drop, x, rstd, norm, along),
         "input_back": lambda: fused_ops.input_back(n, n, o, drop, 0.2, D),
         "silu_mul": lambda: fused_ops.silu_mul(gate_up, down),

@@ -7,7 +7,8 @@ multiplication and a kernel of `fused_kernels` in turn; autograd sees one functi
 - All adapters are slices of one float32 parameter: one optimizer call, one norm; `refresh` makes the computation's
   copies of it after each update.
 - Frozen weights get no gradient, so only what `backward` names is kept; with `keep=False` one hidden state and two
-  strips a layer, and the rest is computed again (all but down, whose result nothing needs, and the products with A).
+  strips a layer (but for the last), and the rest is computed again: all but down, whose result nothing needs, and the
+  products with A.
 
 Legend: T tokens, H hidden, X inputs, Y outputs, R a strip's width, P rows of A, F FFN width, N heads, D head width.
 """
@@ -25,6 +26,7 @@ from minitune.model.attention_kernels import attend_backward, attend_forward
 from minitune.model.decoder import Decoder, Layer, Linear
 from minitune.model.fused_ops import (
     Beside,
+    Counts,
     Slot,
     along_rows,
     grads,
@@ -122,7 +124,7 @@ class FusedStack:
         self.shadow = torch.empty_like(self.flat.data, dtype=decoder.dtype)
         self.wide: dict[str, Tensor] = {}
         self.slots: list[dict[str, Slot]] = [{} for _ in decoder.layers]
-        self.beside = Beside(decoder.device)
+        self.beside, self.counts = Beside(decoder.device), Counts(decoder.device)
         for kind in Slot.KINDS:
             self._place(kind)
         self._share()
@@ -190,11 +192,11 @@ class FusedStack:
         """(x + m · y, what backward needs of a layer's attention, its output in the last of them, the strips of q|k|v
         and o where they are kept). strips: those of an earlier pass, which are not computed again."""
         attn, qkv_, o_ = self.layer(i).attn, self.slots[i]["attn.qkv"], self.slots[i]["attn.o"]
-        again, keep = strips is not None, not self.keep
+        again, keep = strips is not None, not self.whole(i)
         first, second = strips or (None, None)
         x1, n, rstd = norm_in(x, y, self.gain, self.layer(i).attn_norm, qkv_, first)
         if not again:
-            first = strip(n, qkv_, ctx.drop, keep)
+            first = strip(n, qkv_, ctx.drop, self.counts, keep)
         qkv = qkv_.forward(n)
         out = torch.empty(x.shape[0], o_.X + o_.R, dtype=x.dtype, device=x.device)
         state: Any
@@ -213,20 +215,20 @@ class FusedStack:
             if second is not None:
                 out[:, o_.X :] = second
         if not again:
-            second = strip(out, o_, ctx.drop, keep)
+            second = strip(out, o_, ctx.drop, self.counts, keep)
         return x1, (rstd, n, qkv, state, out), (first, second)
 
     def mlp(self, i: int, x: Tensor, y: Tensor, ctx: Context) -> tuple[Tensor, tuple[Any, ...]]:
         """(x + m · y, what backward needs) of its MLP."""
         slot = self.slots[i]["mlp.gate_up"]
         x2, n, rstd = norm_in(x, y, self.gain, self.layer(i).mlp_norm, slot)
-        strip(n, slot, ctx.drop)
+        strip(n, slot, ctx.drop, self.counts)
         gate_up = slot.forward(n)
         return x2, (rstd, n if slot.R else None, gate_up)
 
     def activated(self, i: int, gate_up: Tensor, ctx: Context) -> Tensor:
         act = silu_mul(gate_up, self.slots[i]["mlp.down"])
-        strip(act, self.slots[i]["mlp.down"], ctx.drop)
+        strip(act, self.slots[i]["mlp.down"], ctx.drop, self.counts)
         return act
 
     def layer_forward(self, i: int, x: Tensor, y: Tensor | None, ctx: Context) -> tuple[Tensor, Tensor, Kept]:
@@ -234,7 +236,7 @@ class FusedStack:
         x1, attention, strips = self.attention(i, x, y, ctx)
         x2, mlp = self.mlp(i, x1, self.slots[i]["attn.o"].forward(attention[-1]), ctx)
         y = self.slots[i]["mlp.down"].forward(self.activated(i, mlp[-1], ctx))
-        return x2, y, Kept(x1, strips, x2, attention, mlp) if self.keep else Kept(x1, strips)
+        return x2, y, Kept(x1, strips, x2, attention, mlp) if self.whole(i) else Kept(x1, strips)
 
     # Backward
 
@@ -293,6 +295,10 @@ class FusedStack:
     @property
     def gain(self) -> float:
         return self.decoder.config.residual_multiplier
+
+    def whole(self, i: int) -> bool:
+        """Whether all of a layer is kept: the last one always, since its backward comes first."""
+        return self.keep or i == len(self.slots) - 1
 
     def layer(self, i: int) -> Layer:
         return self.decoder.layers[i]  # type: ignore[return-value]

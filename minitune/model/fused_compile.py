@@ -1,6 +1,6 @@
 """The kernels of a fused run compiled while its data and weights are still on their way.
 
-Two layers of the run's shape pass forward and backward on `meta`, where tensors have no memory, and every launch only
+Three layers of the run's shape pass forward and backward on `meta`, where tensors have no memory, and every launch only
 has its kernel compiled. What was guessed wrong is compiled when it is first launched, as everything was before.
 """
 
@@ -31,7 +31,7 @@ def compile_kernels(
 def launch_all(shape: DecoderConfig, dtype: torch.dtype, lora: LoraConfig, documents: int, keep: bool) -> None:
     """Every launch of a training step, each kind at least once, on `meta`."""
     with torch.device("meta"):
-        decoder = Decoder(replace(shape, num_hidden_layers=2)).to(dtype)
+        decoder = Decoder(replace(shape, num_hidden_layers=3)).to(dtype)
     attach(decoder, lora)
     stack = FusedStack(decoder, keep)
     with torch.device("meta"):
@@ -42,6 +42,7 @@ def launch_all(shape: DecoderConfig, dtype: torch.dtype, lora: LoraConfig, docum
         targets = torch.empty(64, dtype=torch.int64)
     ctx = Context(cos, cos, PackedLayout(cu_seqlens, LONGEST, (), "short"), drop)
     x, y, _ = stack.layer_forward(0, x, None, ctx)
-    x, y, kept = stack.layer_forward(1, x, y, ctx)
-    stack.layer_backward(1, torch.empty_like(x), kept, ctx)
+    for i in (1, 2):
+        x, y, kept = stack.layer_forward(i, x, y, ctx)
+        stack.layer_backward(i, torch.empty_like(x), kept, ctx)
     kernels.cross_entropy_(logits, targets, shape.vocab_size, grad=True)

@@ -44,14 +44,18 @@ if AVAILABLE:
             r = tl.arange(0, R)
             tl.store(out_ptr + t * (H + R) + H + r, tl.load(strip_ptr + t * R + r))
 
-    @triton.jit(do_not_specialize=["tokens", "span"])
-    def _strip_parts(
-        x_ptr, a_ptr, drop_ptr, site_ptr, part_ptr, tokens, span,
-        X: tl.constexpr, R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, DROP: tl.constexpr,
-        BT: tl.constexpr, BH: tl.constexpr,
+    @triton.jit(do_not_specialize=["tokens", "span", "spans"])
+    def _strip(
+        x_ptr, a_ptr, drop_ptr, site_ptr, part_ptr, count_ptr, keep_ptr, s, tokens, span, spans,
+        X: tl.constexpr, R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, DROP: tl.constexpr, KEEP: tl.constexpr,
+        C: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
     ):  # fmt: skip
-        """part [C, T, Q] float32: dropout(x) Aᵀ over the columns of one of C spans. Few rows would fill few of a
-        card's processors; the spans fill the rest."""
+        """Fills the strip of [x | h], h = s · dropout(x) Aᵀ, zeros behind it; with KEEP also keep [T, R], the same.
+
+        Few rows would fill few of a card's processors: a program takes the columns of one of `spans` <= C spans, writes
+        its part [spans, T, Q] float32, and the last one to have done so adds them up, in their order. count: int32, a
+        number for each block of rows, zero before and after.
+        """
         t = tl.program_id(0) * BT + tl.arange(0, BT)
         ok = t < tokens
         kind = x_ptr.dtype.element_ty
@@ -66,32 +70,25 @@ if AVAILABLE:
                 x = tl.where(kept, x * scale.to(kind), 0.0).to(kind)
             a = tl.load(a_ptr + p[None, :] * X + c[:, None], mask=(p < P)[None, :] & (c < X)[:, None], other=0.0)
             h += tl.dot(x, a, input_precision="ieee")
-        place = (tl.program_id(1) * tokens + t)[:, None] * Q + p
-        tl.store(part_ptr + place, h, mask=ok[:, None])
-
-    @triton.jit(do_not_specialize=["tokens", "spans"])
-    def _strip(
-        x_ptr, part_ptr, keep_ptr, s, tokens, spans,
-        X: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, C: tl.constexpr, KEEP: tl.constexpr, BT: tl.constexpr,
-    ):  # fmt: skip
-        """Fills the strip of [x | h]: h = s · the sum of the parts [spans <= C, T, Q], and zeros behind it; with KEEP
-        also keep [T, R], the same."""
-        t = tl.program_id(0) * BT + tl.arange(0, BT)
-        ok = t < tokens
-        p, i = tl.arange(0, Q), tl.arange(0, C)
-        place = (i[:, None, None] * tokens + t[None, :, None]) * Q + p[None, None, :]
-        there = (i < spans)[:, None, None] & ok[None, :, None]
-        h = tl.sum(tl.load(part_ptr + place, mask=there, other=0.0), 0) * s
-        h = h.to(x_ptr.dtype.element_ty)
-        strip = x_ptr + t[:, None] * (X + R) + X
-        tl.store(strip + p[None, :], h, mask=ok[:, None])
-        rest = tl.arange(0, R)
-        zero = tl.zeros((BT, R), x_ptr.dtype.element_ty)
-        behind = ok[:, None] & (rest >= Q)[None, :]
-        tl.store(strip + rest[None, :], zero, mask=behind)
-        if KEEP:
-            tl.store(keep_ptr + t[:, None] * R + p[None, :], h, mask=ok[:, None])
-            tl.store(keep_ptr + t[:, None] * R + rest[None, :], zero, mask=behind)
+        tl.store(part_ptr + (tl.program_id(1) * tokens + t)[:, None] * Q + p, h, mask=ok[:, None])
+        tl.debug_barrier()  # every thread's part is written before the block counts itself
+        if tl.atomic_add(count_ptr + tl.program_id(0), 1, sem="acq_rel") == spans - 1:
+            total = tl.zeros((BT, Q), tl.float32)
+            for i in tl.static_range(C):
+                place = (i * tokens + t)[:, None] * Q + p
+                there = (ok & (tl.full((BT,), i, tl.int32) < spans))[:, None]
+                total += tl.load(part_ptr + place, mask=there, other=0.0, cache_modifier=".cg")
+            tl.store(count_ptr + tl.program_id(0), 0)
+            total = (total * s).to(kind)
+            strip = x_ptr + t[:, None] * (X + R) + X
+            tl.store(strip + p[None, :], total, mask=ok[:, None])
+            rest = tl.arange(0, R)
+            zero = tl.zeros((BT, R), kind)
+            behind = ok[:, None] & (rest >= Q)[None, :]
+            tl.store(strip + rest[None, :], zero, mask=behind)
+            if KEEP:
+                tl.store(keep_ptr + t[:, None] * R + p[None, :], total, mask=ok[:, None])
+                tl.store(keep_ptr + t[:, None] * R + rest[None, :], zero, mask=behind)
 
     @triton.jit(do_not_specialize=["tokens", "parts"])
     def _norm_back(

@@ -120,7 +120,7 @@ def norm_in(
     return total, out, rstd
 
 
-def strip(x: Tensor, slot: Slot, drop: Tensor | None, keep: bool = False) -> Tensor | None:
+def strip(x: Tensor, slot: Slot, drop: Tensor | None, counts: Counts, keep: bool = False) -> Tensor | None:
     """Fills the strip of [x | h]. keep: gives it again, in memory of its own."""
     if not slot.R:
         return None
@@ -129,18 +129,28 @@ def strip(x: Tensor, slot: Slot, drop: Tensor | None, keep: bool = False) -> Ten
     span = tile.columns * -(-columns // max(1, min(columns, PROGRAMS // rows)))
     spans = -(-slot.X // span)
     parts = torch.empty(spans, tokens, slot.Q, dtype=torch.float32, device=x.device)
-    launch(
-        fk._strip_parts, (rows, spans),
-        x, slot.a, _or(drop, x), slot.site, parts, tokens, span, X=slot.X, R=slot.R, P=slot.P, Q=slot.Q,
-        DROP=drop is not None, BT=tile.rows, BH=tile.columns, num_warps=tile.warps,
-    )  # fmt: skip
     kept = torch.empty(tokens, slot.R, dtype=x.dtype, device=x.device) if keep else None
     launch(
-        fk._strip, (-(-tokens // 4),),
-        x, parts, _or(kept, x), slot.s, tokens, spans, X=slot.X, R=slot.R, Q=slot.Q, C=next_power_of_2(spans),
-        KEEP=keep, BT=4, num_warps=4,
+        fk._strip, (rows, spans),
+        x, slot.a, _or(drop, x), slot.site, parts, counts(rows), _or(kept, x), slot.s, tokens, span, spans,
+        X=slot.X, R=slot.R, P=slot.P, Q=slot.Q, DROP=drop is not None, KEEP=keep, C=next_power_of_2(spans),
+        BT=tile.rows, BH=tile.columns, num_warps=tile.warps,
     )  # fmt: skip
     return kept
+
+
+class Counts:
+    """Zeros for `fused_kernels._strip`, which leaves them zero: made once, not a launch each time. Those of a recorded
+    graph stay where they are."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.all: list[Tensor] = []
+
+    def __call__(self, blocks: int) -> Tensor:
+        if not self.all or self.all[-1].numel() < blocks:
+            self.all.append(torch.zeros(max(1024, next_power_of_2(blocks)), dtype=torch.int32, device=self.device))
+        return self.all[-1]
 
 
 def silu_mul(gate_up: Tensor, slot: Slot) -> Tensor:
