@@ -26,6 +26,18 @@ BLOCK = 64  # tokens a tile of attention; most documents are one, so that loads 
 LONGEST = 512  # tokens a document for which the short-document kernel is chosen
 
 
+def ampere(device: torch.device) -> bool:
+    """Whether it is a card of compute capability 8.0 or newer: bfloat16, flash attention and Triton ask for one."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+
+
+def why_not(device: torch.device) -> str:
+    """Why the kernels don't run on a device; "" where they do (on the CPU: in Triton's interpreter)."""
+    if device.type == "cuda" and not ampere(device):
+        return "the card is older than Ampere"
+    return "" if AVAILABLE else "Triton is not installed"
+
+
 if AVAILABLE:
 
     @triton.jit
