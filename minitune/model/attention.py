@@ -64,7 +64,7 @@ class PackedLayout:
             return _varlen(q_TND, k_TKD, v_TKD, self.cu_seqlens, self.max_seqlen, scale)
         if self.kernel == "documents":
             return _documents(q_TND, k_TKD, v_TKD, self.lengths, scale)
-        return sdpa(q_TND, k_TKD, v_TKD, scale, self._mask(q_TND))
+        return sdpa(q_TND, *alike(q_TND, k_TKD, v_TKD), scale, self._mask(q_TND))
 
     def _mask(self, q_TND: Tensor) -> Tensor:
         """0 where a token sees another, -inf elsewhere, [T, T] in q's dtype; all layers share one."""
@@ -89,11 +89,19 @@ def document_ids(cu_seqlens: Tensor, tokens: int) -> Tensor:
     return torch.bucketize(at_T, cu_seqlens, right=True) - 1
 
 
+def alike(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values repeated to as many heads as there are queries, where a kernel takes no fewer: `varlen` of torch
+    2.11, and the one that a card has for masks."""
+    groups = q_TND.shape[1] // k_TKD.shape[1]
+    if groups == 1:
+        return k_TKD, v_TKD
+    return k_TKD.repeat_interleave(groups, dim=1), v_TKD.repeat_interleave(groups, dim=1)
+
+
 def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    if k.shape[1] != q.shape[1]:  # enable_gqa came after torch 2.11
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    k, v = alike(q, k, v)
     return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=(-1, 0))  # type: ignore[return-value]
 
 
