@@ -4,6 +4,7 @@ The step is captured there too. What a card is needed for is marked; the rest sh
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from runs import log_of, with_
 from test_fast import loader_of
 from test_graph import decoder_on, packs
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -49,6 +51,16 @@ def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         for name, value in list(vars(module).items()):
             if type(value).__module__.startswith("triton.runtime"):
                 monkeypatch.setattr(module, name, Refused())
+
+
+@pytest.fixture
+def old_card(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A 2080, as far as another card can be one: no kernel of ours starts, and of torch's attention those that Turing
+    lacks are off."""
+    card_of(monkeypatch, 7, 5)
+    without_triton(monkeypatch)
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION]):
+        yield
 
 
 def plain_step(kind: str, device: str, dtype: torch.dtype) -> TrainStep:
@@ -259,7 +271,7 @@ HALF, FLOAT = (3e-3, 0.4, 1e-2), (1e-4, 4e-4, 1e-4)
     ],
 )
 def test_captured_plain_layers_are_plain_steps(
-    monkeypatch: pytest.MonkeyPatch, kind: str, dtype: torch.dtype, old: bool, bands: tuple[float, float, float]
+    request: pytest.FixtureRequest, kind: str, dtype: torch.dtype, old: bool, bands: tuple[float, float, float]
 ) -> None:
     """20 steps with changing inputs, rates and capacities, dropout on: losses, norms and what was learned agree, and on
     an old card no kernel of Triton starts.
@@ -267,8 +279,7 @@ def test_captured_plain_layers_are_plain_steps(
     Padding is all that differs, and with it the order of sums. On a CPU that changed float16's losses by 2e-4, norms by
     0.05 and adapters by 1.4e-3 of their size (from float32's, norms part by up to 0.16), float32's by 2e-7, 1e-5 and 4e-7."""
     if old:
-        card_of(monkeypatch, 7, 5)
-        without_triton(monkeypatch)
+        request.getfixturevalue("old_card")
     close, near, apart = bands
     plain, base = plain_step(kind, "cuda", dtype), plain_step(kind, "cuda", dtype)
     batches = batches_of(20)
@@ -287,10 +298,9 @@ def test_captured_plain_layers_are_plain_steps(
 
 
 @pytest.mark.gpu
-def test_an_overflow_in_a_captured_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_overflow_in_a_captured_step(old_card: None) -> None:
     """A scale far too high: nothing is updated, not a bit, the scale halves with each replay until a step is good, and
     training goes on."""
-    card_of(monkeypatch, 7, 5)
     step = plain_step("adapters", "cuda", torch.float16)
     batches = batches_of(4)
     captured = captured_of(step, batches)
@@ -319,16 +329,14 @@ def test_a_newer_card_would_have_launched_them(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.gpu
 def test_a_run_on_an_old_card(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    undrawn: None,
-) -> None:  # fmt: skip
+    config: TrainConfig, old_card: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], undrawn: None
+) -> None:
     """A whole run in float16, captured, held-out losses on the way: the CPU's losses in float32 (in float16 a CPU's
     part from them by 7e-4)."""
     config = with_(config, max_steps=12, eval_steps=4, eval_fraction=0.1)
     exact = with_(config, output=str(tmp_path / "exact"))
-    train(exact, quiet=True)
-    card_of(monkeypatch, 7, 5)
-    without_triton(monkeypatch)
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+        train(exact, quiet=True)
     summary = train(with_(config, device="cuda", dtype="auto"))
     said = capsys.readouterr().err
     assert "captured: plain layers (the card is older than Ampere), masked attention; " in said
