@@ -1,15 +1,18 @@
 """A LoRA step on one card at MiniCPM-2B's shape: transformers' Trainer + PEFT and minitune, in one run.
 
-    python bench/lora_step.py [--sides trainer,plain,fused,recomputed] [--steps 60] [--tokens 0] [--profile]
+    python bench/lora_step.py [--sides trainer,plain,fused,recomputed] [--steps 60] [--tokens 0,8192,16384] [--profile]
 
 Random weights (the same for every side of ours), random ids in rows of the real data's lengths, the tutorial's
-settings: r 8, alpha 32, dropout 0.1 on q, k, v, o; 16 rows a step, or `--tokens` a step. Each side is a process of its
-own. Reported: milliseconds a step (median, and the mean of all, the host's work included), tokens a second, the share
-of padding, the allocator's reserved peak, what the driver says the process holds, the seconds before the first step,
-and the losses, which must agree between the sides.
+settings: r 8, alpha 32, dropout 0.1 on q, k, v, o; 16 rows a step, or so many `--tokens` a step (several: one after
+the other; 0: 16 rows, and the only size of the trainer, which has no other). Each side is a process of its own, and
+ours are made by the same calls as a run's. Reported: milliseconds a step (median, and the mean of all, the host's work
+included), tokens a second, the line that a run says of its step (with the share of padding), the allocator's reserved
+peak, what the driver says the process holds, the seconds before the first step, and the losses, which must agree
+between the sides.
 
 trainer     Trainer + PEFT over GraniteForCausalLM of this shape, batch 16, no packing (its best batch)
 plain       minitune's plain step
+captured    the same, captured: what a card has whose layers can't be done by hand
 fused       its layers by hand (model.fused), the step captured
 recomputed  the same, two hidden states a layer kept
 """
@@ -24,14 +27,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sides import give, take
 
+if TYPE_CHECKING:
+    from minitune.model.decoder import Decoder
+
 ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = ROOT.parent / "shared" / "bench" / "huanhuan_lengths.json"
-SIDES = ("trainer", "plain", "fused", "recomputed")
+SIDES = ("trainer", "plain", "captured", "fused", "recomputed")
 
 
 def rows_of(arguments: argparse.Namespace) -> list[tuple[list[int], list[int]]]:
@@ -72,26 +78,20 @@ def result(seconds: list[float], tokens: list[int], started: float, losses: list
     }
 
 
-def our_side(arguments: argparse.Namespace, side: str) -> dict[str, Any]:
-    from minitune.config import TrainConfig
-    from minitune.data.loader import Loader
-    from minitune.data.template import Encoded
+def our_decoder(arguments: argparse.Namespace, by_hand: bool) -> Decoder:
+    """MiniCPM-2B's shape with random weights, the same for every side."""
     from minitune.model.decoder import Decoder, DecoderConfig
-    from minitune.model.fused import FusedStack
-    from minitune.model.lora import LoraConfig, attach
-    from minitune.train import graph
-    from minitune.train.optim import AdamW
-    from minitune.train.step import TrainStep
+    from minitune.model.lora import LoraConfig
+    from minitune.train import fast
 
-    began = time.perf_counter()
     shape = DecoderConfig(
         arguments.vocab, 2304, 5760, arguments.layers, 36, 36, 64,
         embedding_multiplier=12.0, residual_multiplier=1.4 / 40**0.5, logits_scaling=9.0,
     )  # fmt: skip
-    by_hand = side in ("fused", "recomputed")
     with torch.device("meta"):
         decoder = Decoder(shape)
-    decoder.allocate(torch.device("cuda"), torch.bfloat16, {"attn.qkv": 64, "attn.o": 64} if by_hand else None)
+    strips = fast.strips_of(decoder, LoraConfig()) if by_hand else None
+    decoder.allocate(torch.device("cuda"), torch.bfloat16, strips)
     for i, parameter in enumerate(decoder.parameters()):
         generator = torch.Generator("cuda").manual_seed(i)
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator, device="cuda").mul_(0.02))
@@ -99,25 +99,36 @@ def our_side(arguments: argparse.Namespace, side: str) -> dict[str, Any]:
             parameter.data.fill_(1)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    learning = attach(decoder.train(), LoraConfig(), 0)
-    if by_hand:
-        decoder.stack = FusedStack(decoder, keep=side == "fused")
-        learning = [decoder.stack.flat]
-    plain = TrainStep(decoder, AdamW(learning, TrainConfig()), dropout=0.1)
-    rows = [Encoded(ids, labels) for ids, labels in rows_of(arguments)]
-    loader = Loader(rows, rows_per_step=16, tokens_per_step=arguments.tokens, tokens_per_pack=16384, seed=1, pin=True)
-    count = min(arguments.steps, len(loader.steps(0)))
-    batches = [loader.batch(0, i) for i in range(count)]
+    return decoder.train()
+
+
+def our_side(arguments: argparse.Namespace, side: str) -> dict[str, Any]:
+    from minitune.config import TrainConfig
+    from minitune.data.store import EncodedRows
+    from minitune.data.template import Encoded
+    from minitune.train import fast
+    from minitune.train.prepare import equip, make_loader
+
+    began = time.perf_counter()
+    by_hand = side in ("fused", "recomputed")
+    decoder = our_decoder(arguments, by_hand)
+    config = TrainConfig(
+        tokens_per_step=arguments.tokens, tokens_per_pack=max(8192, arguments.tokens), seed=1,
+        gradient_checkpointing="true" if side == "recomputed" else "false",
+    )  # fmt: skip
+    rows = EncodedRows.of([Encoded(ids, labels) for ids, labels in rows_of(arguments)])
+    if not by_hand:
+        fast.why_plain = lambda decoder: "asked for"
+    _, plain = equip(config, decoder, rows)
+    loader = make_loader(config, rows, decoder.device)
+    per_epoch = [len(loader.steps(0))]
+    count = min(arguments.steps, per_epoch[0])
     step: Any = plain
-    padding = 0.0
+    said = "plain step"
     if side != "plain":
-        sizes = [(b.tokens, len(b.packs[0].lengths), b.supervised) for b in batches]
-        capacities = graph.capacities(sizes)
-        samples = [next(b.packs[0] for b in batches if c.holds(b.packs[0])) for c in capacities]
-        step = graph.capture(plain, capacities, samples, max(loader.lengths))
-        fitting = [min(c.tokens for c in capacities if c.holds(b.packs[0])) for b in batches]
-        padding = sum(fitting) / sum(b.tokens for b in batches) - 1
-    else:
+        step, said = fast.quicken(plain, loader, per_epoch, count)
+    batches = [loader.batch(0, i) for i in range(count)]
+    if side == "plain":
         for batch in batches[:3]:
             step(batch, 0.0)
     torch.cuda.synchronize()
@@ -135,7 +146,7 @@ def our_side(arguments: argparse.Namespace, side: str) -> dict[str, Any]:
     unwaited = (time.perf_counter() - together) / len(batches)
     if arguments.profile:
         profile(step, batches[:5], side)
-    more = {"padding": padding, "unwaited_ms": 1e3 * unwaited, "device": torch.cuda.get_device_name()}
+    more = {"said": said, "unwaited_ms": 1e3 * unwaited, "device": torch.cuda.get_device_name()}
     return result(seconds, [b.tokens for b in batches], before, [float(loss) for loss in losses], **more)
 
 
@@ -210,7 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sides", default=",".join(SIDES))
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--tokens", type=int, default=0, help="tokens a step instead of 16 rows")
+    parser.add_argument("--tokens", default="0", help="tokens a step instead of 16 rows (0), commas between several")
     parser.add_argument("--vocab", type=int, default=122753)
     parser.add_argument("--layers", type=int, default=40)
     parser.add_argument("--lengths", default=str(LENGTHS))
@@ -218,12 +229,14 @@ def main() -> None:
     parser.add_argument("--side", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
-        side = arguments.side
-        found = trainer_side(arguments) if side == "trainer" else our_side(arguments, side)
-        give(found)
+        side, _, tokens = arguments.side.partition(":")
+        arguments.tokens = int(tokens or 0)
+        give(trainer_side(arguments) if side == "trainer" else our_side(arguments, side))
         return
-    for side in arguments.sides.split(","):
-        take(side, quiet=False)
+    for size in map(int, arguments.tokens.split(",")):
+        for side in arguments.sides.split(","):
+            if side != "trainer" or not size:
+                take(f"{side}:{size}" if size else side, quiet=False)
 
 
 if __name__ == "__main__":

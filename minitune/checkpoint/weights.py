@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from minitune.config import UserError
+from minitune.model import kernels
 from minitune.model.decoder import Decoder, DecoderConfig, Layer
 from minitune.model.quantized import Int4Linear, group_of, quantize_linears
 
@@ -69,7 +70,7 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype == "auto":
         if device.type != "cuda":
             return torch.float32
-        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+        return torch.bfloat16 if kernels.ampere(device) else torch.float16
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}: give auto, {', '.join(DTYPES)}")
     return DTYPES[dtype]

@@ -10,7 +10,7 @@ that all of them, and cached decoding, are tested against.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -27,7 +27,7 @@ def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int = 0, l
     if device.type == "cpu":
         return "documents"
     flash = dtype in (torch.bfloat16, torch.float16)
-    if flash and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8:
+    if flash and kernels.ampere(device):
         short = kernels.AVAILABLE and head_dim in (32, 64, 128) and 0 < longest <= attention_kernels.LONGEST
         return "short" if short else "varlen"
     return "masked"
@@ -46,6 +46,7 @@ class PackedLayout:
     max_seqlen: int
     lengths: tuple[int, ...]
     kernel: Kernel
+    made: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @staticmethod
     def of(lengths: list[int], device: torch.device, dtype: torch.dtype) -> PackedLayout:
@@ -63,7 +64,18 @@ class PackedLayout:
             return _varlen(q_TND, k_TKD, v_TKD, self.cu_seqlens, self.max_seqlen, scale)
         if self.kernel == "documents":
             return _documents(q_TND, k_TKD, v_TKD, self.lengths, scale)
-        return _masked(q_TND, k_TKD, v_TKD, self.cu_seqlens, scale)
+        return sdpa(q_TND, *alike(q_TND, k_TKD, v_TKD), scale, self._mask(q_TND))
+
+    def _mask(self, q_TND: Tensor) -> Tensor:
+        """0 where a token sees another, -inf elsewhere, [T, T] in q's dtype; all layers share one."""
+        if "mask" not in self.made:
+            tokens, dtype = q_TND.shape[0], q_TND.dtype
+            ids_T = document_ids(self.cu_seqlens, tokens)
+            at_T = torch.arange(tokens, device=q_TND.device)
+            seen_TT = (ids_T[:, None] == ids_T) & (at_T[:, None] >= at_T)
+            hidden = torch.full((), -torch.inf, dtype=dtype, device=q_TND.device)
+            self.made["mask"] = torch.where(seen_TT, torch.zeros_like(hidden), hidden)
+        return self.made["mask"]
 
     def length_T(self, tokens: int) -> Tensor:
         """The length of each token's document, [T]."""
@@ -77,11 +89,19 @@ def document_ids(cu_seqlens: Tensor, tokens: int) -> Tensor:
     return torch.bucketize(at_T, cu_seqlens, right=True) - 1
 
 
+def alike(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values repeated to as many heads as there are queries, where a kernel takes no fewer: `varlen` of torch
+    2.11, and the one that a card has for masks."""
+    groups = q_TND.shape[1] // k_TKD.shape[1]
+    if groups == 1:
+        return k_TKD, v_TKD
+    return k_TKD.repeat_interleave(groups, dim=1), v_TKD.repeat_interleave(groups, dim=1)
+
+
 def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    if k.shape[1] != q.shape[1]:  # enable_gqa came after torch 2.11
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    k, v = alike(q, k, v)
     return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=(-1, 0))  # type: ignore[return-value]
 
 
@@ -96,13 +116,6 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = No
 def _documents(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
     parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
     return torch.cat([sdpa(*part, scale) for part in parts])
-
-
-def _masked(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
-    ids_T = document_ids(cu_seqlens, q.shape[0])
-    at_T = torch.arange(q.shape[0], device=q.device)
-    mask_TT = (ids_T[:, None] == ids_T) & (at_T[:, None] >= at_T)
-    return sdpa(q, k, v, scale, mask_TT)
 
 
 def reference(q_TND: Tensor, k_TKD: Tensor, v_TKD: Tensor, lengths: list[int], scale: float | None = None) -> Tensor:

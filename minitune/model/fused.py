@@ -51,8 +51,8 @@ def strip_width(rows_of_a: int) -> int:
 
 def why_not(decoder: Decoder) -> str:
     """Why these layers can't be fused; "" where they can."""
-    if not kernels.AVAILABLE:
-        return "Triton is not installed"
+    if reason := kernels.why_not(decoder.device):
+        return reason
     if decoder.lora_config is None:
         return "no adapter learns"
     for kind in Slot.KINDS:

@@ -25,6 +25,19 @@ try:
 except ImportError:  # the CPU builds of PyTorch come without it
     AVAILABLE = False
 
+
+def ampere(device: torch.device) -> bool:
+    """Whether it is a card of compute capability 8.0 or newer: bfloat16, flash attention and Triton ask for one."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+
+
+def why_not(device: torch.device) -> str:
+    """Why the kernels don't run on a device; "" where they do (on the CPU: in Triton's interpreter)."""
+    if device.type == "cuda" and not ampere(device):
+        return "the card is older than Ampere"
+    return "" if AVAILABLE else "Triton is not installed"
+
+
 if AVAILABLE:
 
     @triton.jit

@@ -1,6 +1,7 @@
 """The fast step of a card: layers by hand (`model.fused`), the step captured (`train.graph`), batches made ahead.
 
-On the CPU nothing of this happens.
+Where the layers stay plain (cards before Ampere, 4-bit weights, every parameter), the step is captured all the same. On
+the CPU nothing of this happens.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from minitune.data.loader import Loader, StepBatch
 from minitune.model import fused
+from minitune.model.attention import choose_kernel
 from minitune.model.decoder import Decoder
 from minitune.model.fused_ops import Slot
 from minitune.model.lora import LoraConfig
@@ -36,12 +38,8 @@ def why_plain(decoder: Decoder) -> str:
 
 
 def why_not_on(device: torch.device) -> str:
-    """Why a device has no fast step; "" where it has."""
-    if device.type != "cuda":
-        return "no card"
-    if not fused.kernels.AVAILABLE:
-        return "Triton is not installed"
-    return "the card is older than Ampere" if torch.cuda.get_device_capability(device)[0] < 8 else ""
+    """Why a device has no layers by hand; "" where it has."""
+    return fused.kernels.why_not(device) if device.type == "cuda" else "no card"
 
 
 def strips_of(decoder: Decoder, lora: LoraConfig) -> dict[str, int]:
@@ -83,11 +81,18 @@ def quicken(
 ) -> tuple[TrainStep | graph.CapturedStep, str]:
     """(the step, captured where it can be; a line that says so). The run is where it begins: what a checkpoint holds
     has been read. All of the run's steps count, also those already done, so that a resumed run computes the same."""
-    if step.decoder.stack is None:
-        return step, f"plain step: {why_plain(step.decoder)}"
+    decoder, reason = step.decoder, ""
+    if decoder.stack is None:
+        reason = why_plain(decoder)
+    if decoder.device.type != "cuda":
+        return step, f"plain step: {reason}"
     plan = one_pack_steps(loader, per_epoch, total)
+    several = total - len(plan)
     if not len(plan):
         return step, "plain step: every step is several packs; raise --tokens_per_pack to have it captured"
+    if several and decoder.lora_config is None:  # a plain step's gradients would lie beside the graph's
+        what = f"every parameter learns, and {several:,} steps are several packs, which would take the memory twice"
+        return step, f"plain step: {what}; raise --tokens_per_pack to have it captured"
     sizes = [(t, d, s) for t, d, s in plan[:, 2:].tolist()]
     capacities = graph.capacities(sizes)
     samples = []
@@ -96,17 +101,21 @@ def quicken(
         epoch, number = plan[np.where(fits, plan[:, 2], 0).argmax(), :2].tolist()
         samples.append(loader.batch(epoch, number).packs[0])
     captured = graph.capture(step, capacities, samples, int(loader.lengths.max()))
-    several = total - len(plan)
     loader.pin = loader.pin and several > 0  # a captured step copies from pinned memory of its own
-    return captured, _said(sizes, capacities, several)
+    layers = ""
+    if reason:
+        kernel = choose_kernel(decoder.device, decoder.dtype, decoder.config.head_dim, int(loader.lengths.max()))
+        layers = f"plain layers ({reason}), {kernel} attention; "
+    return captured, f"captured: {layers}{_said(sizes, capacities, several)}"
 
 
 def _said(sizes: Sequence[tuple[int, int, int]], capacities: Sequence[graph.Capacity], several: int) -> str:
+    """The capacities, and the padding that they cost over all steps of one pack."""
     edges = np.array([c.tokens for c in capacities][::-1])
     tokens = np.array([t for t, _, _ in sizes])
     padding = edges[np.searchsorted(edges, tokens)].sum() / tokens.sum() - 1
     noun = "capacity" if len(capacities) == 1 else "capacities"
-    line = f"captured: {len(capacities)} {noun} up to {edges[-1]:,} tokens, {100 * padding:.0f} % padding"
+    line = f"{len(capacities)} {noun} up to {edges[-1]:,} tokens, {100 * padding:.0f} % padding"
     return f"{line}; {several:,} steps of several packs run plain" if several else line
 
 

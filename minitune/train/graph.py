@@ -78,10 +78,13 @@ class Contract:
             for key, parameter in module._parameters.items():
                 if parameter is not None:
                     places.append((f"{name}.{key}", partial(module._parameters.get, key)))
+            for key in module._buffers:
+                places.append((f"{name}.{key}", partial(module._buffers.get, key)))
         moments = step.optimizer.inner
         for i, parameter in enumerate(step.optimizer.parameters):
             places.append((f"gradient {i}", partial(getattr, parameter, "grad")))
         for i, master in enumerate(step.optimizer.masters):
+            places.append((f"master {i}", partial(step.optimizer.masters.__getitem__, i)))
             for key, value in moments.state.get(master, {}).items():
                 if isinstance(value, Tensor):
                     places.append((f"moments {i} {key}", lambda m=master, k=key: moments.state[m][k]))  # type: ignore[misc]
@@ -148,7 +151,7 @@ class _Graph:
 
 
 class CapturedStep:
-    """See `capture`."""
+    """See `capture`. plain_steps: how many steps of one pack ran plain, since no capacity held them."""
 
     def __init__(self, step: TrainStep, sizes: Sequence[Capacity], longest: int):
         self.step = step
@@ -196,7 +199,7 @@ class CapturedStep:
     def __call__(self, batch: StepBatch, rate: float) -> StepResult:
         graph = self._graph_for(batch)
         if graph is None:
-            self.plain_steps += 1
+            self.plain_steps += len(batch.packs) == 1
             return self.step(batch, rate)
         assert self.contract is not None
         self.contract.check()

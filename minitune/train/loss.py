@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minitune.model import kernels
+
 CHUNK = 2048
 
 
@@ -70,18 +72,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def fused(h_PH: Tensor) -> bool:
     """Whether the kernel that turns logits into their gradient in place serves here."""
-    if h_PH.device.type != "cuda":
-        return False
-    from minitune.model import kernels
-
-    return kernels.AVAILABLE
+    return h_PH.device.type == "cuda" and not kernels.why_not(h_PH.device)
 
 
 def _fused_chunk(h: Tensor, weight: Tensor, target: Tensor, vocab: int, grad: bool) -> tuple[Tensor, Tensor]:
-    from minitune.model.kernels import cross_entropy_
-
     logits = F.linear(h, weight)
-    return cross_entropy_(logits, target, vocab, grad).sum(), logits
+    return kernels.cross_entropy_(logits, target, vocab, grad).sum(), logits
 
 
 def _chunk(h: Tensor, weight: Tensor, target: Tensor, vocab: int, grad: bool) -> tuple[Tensor, Tensor]:
@@ -94,9 +90,9 @@ def _chunk(h: Tensor, weight: Tensor, target: Tensor, vocab: int, grad: bool) ->
     loss = ((lse - logits.gather(-1, safe))[:, 0] * counts).sum()
     if not grad:
         return loss, loss
-    d_logits = (logits - lse).exp_()
+    d_logits = logits.sub_(lse).exp_()  # in place: a chunk of float32 logits is the largest thing there is
     d_logits.scatter_add_(-1, safe, torch.full_like(safe, -1, dtype=d_logits.dtype))
-    return loss, (d_logits * counts[:, None]).to(h.dtype)
+    return loss, d_logits.mul_(counts[:, None]).to(h.dtype)
 
 
 def with_padding(weight_VH: Tensor, padding: int) -> Tensor:

@@ -9,6 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from minitune.checkpoint import hub
@@ -24,7 +25,7 @@ from minitune.model.attention import choose_kernel
 from minitune.model.decoder import Decoder
 from minitune.model.fused import FusedStack
 from minitune.model.lora import LoraConfig, attach
-from minitune.train import fast
+from minitune.train import fast, memory
 from minitune.train.optim import AdamW, LossScale
 from minitune.train.step import TrainStep, recompute_layers
 
@@ -99,15 +100,21 @@ def build(config: TrainConfig, ready: Prepared, device: torch.device) -> tuple[D
         raise UserError(
             f"{ready.base}: the tokenizer gives id {highest}, the weights have {decoder.config.vocab_size} rows"
         )
-    if lora is None:
+    return (decoder, *equip(config, decoder, ready.learn))
+
+
+def equip(config: TrainConfig, decoder: Decoder, rows: EncodedRows) -> tuple[AdamW, TrainStep]:
+    """What the decoder learns with: adapters where they are asked for, layers by hand where they serve, optimizer and
+    step."""
+    if config.method == "full":
         parameters = list(decoder.requires_grad_(True).parameters())
     else:
         try:
-            parameters = attach(decoder, lora, config.seed)
+            parameters = attach(decoder, lora_of(config), config.seed)
         except ValueError as error:
             raise UserError(str(error)) from None
     matrices: list[torch.Size] = []
-    recompute = wants_recompute(config, decoder, ready.learn)
+    recompute = wants_recompute(config, decoder, rows)
     if not fast.why_plain(decoder):
         matrices = [p.shape for p in parameters]
         decoder.stack = FusedStack(decoder, keep=not recompute)
@@ -121,9 +128,9 @@ def build(config: TrainConfig, ready: Prepared, device: torch.device) -> tuple[D
         dropout=config.lora_dropout if config.method == "lora" else 0.0,
         seed=config.seed,
         max_grad_norm=config.max_grad_norm,
-        loss_scale=LossScale(device) if decoder.dtype == torch.float16 else None,
+        loss_scale=LossScale(decoder.device) if decoder.dtype == torch.float16 else None,
     )
-    return decoder, optimizer, step
+    return optimizer, step
 
 
 def lora_of(config: TrainConfig) -> LoraConfig:
@@ -137,16 +144,15 @@ def lora_of(config: TrainConfig) -> LoraConfig:
 
 
 def wants_recompute(config: TrainConfig, decoder: Decoder, rows: EncodedRows) -> bool:
-    """`auto`: where a pack's activations, roughly 10 hidden and 4 FFN widths a token and layer, would not fit half of
-    the card's free memory."""
+    """`auto`: where a step that keeps its activations would not fit the card's free memory. The adapters are attached,
+    the optimizer is not made yet."""
     if config.gradient_checkpointing != "auto" or decoder.device.type != "cuda":
         return config.gradient_checkpointing == "true"
-    shape = decoder.config
-    step = config.tokens_per_step or config.rows_per_step * rows.longest
+    step = config.tokens_per_step or int(np.sort(rows.lengths)[-config.rows_per_step :].sum())
     tokens = max(rows.longest, min(config.tokens_per_pack, step))
-    width = 10 * shape.hidden_size + 4 * shape.intermediate_size
-    bytes_ = tokens * shape.num_hidden_layers * width * decoder.dtype.itemsize
-    return bytes_ > torch.cuda.mem_get_info(decoder.device)[0] / 2
+    kernel = choose_kernel(decoder.device, decoder.dtype, decoder.config.head_dim, rows.longest)
+    needed = memory.beyond_weights(decoder, tokens, kernel, by_hand=not fast.why_plain(decoder))
+    return needed > 0.9 * torch.cuda.mem_get_info(decoder.device)[0]
 
 
 def make_loader(config: TrainConfig, rows: Sequence[Encoded], device: torch.device, shuffle: bool = True) -> Loader:

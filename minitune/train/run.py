@@ -259,6 +259,8 @@ class Run:
                 self.report.say(f"note: {best} is gone; {output} holds the weights of step {self.done} instead")
         with moved_into(output) as part:
             self.write(part)
+        if isinstance(self.step, CapturedStep) and (plain := self.step.plain_steps):
+            self.report.say(f"note: {plain} steps ran plain: no captured capacity held them")
         self.report.picture()
         losses = [r["loss"] for r in self.report.rows if r["loss"] is not None]
         tail = losses[-max(1, len(losses) // 10) :]

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from minitune.data.loader import Pack, StepBatch
+from minitune.model import kernels
 from minitune.model.attention import PackedLayout, choose_kernel
 from minitune.model.decoder import Decoder, Layer
 from minitune.model.lora import Dropout
@@ -40,6 +41,14 @@ def pack_loss(decoder: Decoder, pack: Pack, dropout: Dropout | None = None, chun
     """The summed cross-entropy of a pack's supervised tokens (float32 scalar)."""
     h_TH = decoder.hidden(pack.input_ids, pack.position_ids, layout_of(pack, decoder), dropout)
     return cross_entropy_sum(select(h_TH, pack.predict), decoder.head_weight, pack.targets, chunk, decoder.padding)
+
+
+def chunk_of(decoder: Decoder) -> int:
+    """Rows of logits at a time: on the CPU, what fits the cache; on a card, what fills it, less where memory is short
+    (`model.fused`, recomputed) or they are float32, since no kernel turns them into their gradient in place."""
+    if decoder.device.type == "cpu" or (decoder.stack is not None and not decoder.stack.keep):
+        return 256
+    return 512 if kernels.why_not(decoder.device) else 2048
 
 
 def recompute_layers(decoder: Decoder) -> None:
@@ -72,9 +81,7 @@ class TrainStep:
         self.decoder, self.optimizer, self.loss_scale = decoder, optimizer, loss_scale
         self.dropout, self.seed, self.max_grad_norm = dropout, seed, max_grad_norm
         self.step_index = torch.zeros((), dtype=torch.int64, device=decoder.device)
-        # On the CPU, logits that fit the cache; on a card, multiplications that fill it, smaller where memory is short.
-        sparing = decoder.stack is not None and not decoder.stack.keep
-        self.chunk = 256 if decoder.device.type == "cpu" or sparing else 2048
+        self.chunk = chunk_of(decoder)
 
     def __call__(self, batch: StepBatch, rate: float) -> StepResult:
         device = self.decoder.device
@@ -122,7 +129,7 @@ def held_out_loss(decoder: Decoder, batches: list[StepBatch]) -> float:
     if stack is not None:
         stack.refresh()  # the last update came after the last step's
         stack.flat.requires_grad_(False)  # else the stack would keep what a backward needs
-    chunk = 256 if decoder.device.type == "cpu" else 2048
+    chunk = chunk_of(decoder)
     parts = [pack_loss(decoder, pack.to(decoder.device), None, chunk) for b in batches for pack in b.packs]
     decoder.train(training)
     if stack is not None:

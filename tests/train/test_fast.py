@@ -190,6 +190,7 @@ def test_a_card_captures_and_resumes(
     plain = with_(config, output=str(tmp_path / "plain"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fast, "why_plain", lambda decoder: "a test")
+        patch.setattr(fast, "quicken", lambda step, *_: (step, "plain step: a test"))
         train(plain)
     assert "plain step: a test" in capsys.readouterr().err
     for a, b in zip(log_of(whole.output), log_of(plain.output), strict=True):

@@ -1,0 +1,140 @@
+"""What a step holds beyond the weights: against a card's figures, and against what autograd and `model.fused` keep."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_graph import decoder_on
+from test_plain_captured import CARD, card_of
+from torch import Tensor
+
+from minitune.config import TrainConfig
+from minitune.data.store import EncodedRows
+from minitune.data.template import Encoded
+from minitune.model import kernels
+from minitune.model.attention import PackedLayout
+from minitune.model.decoder import Decoder, DecoderConfig
+from minitune.model.lora import Dropout, LoraConfig, attach
+from minitune.train import memory
+from minitune.train.prepare import wants_recompute
+
+GIB = 2**30
+
+
+def minicpm_2b(monkeypatch: pytest.MonkeyPatch, lora: bool = True) -> Decoder:
+    """Its shape without numbers, on what says that it is an H100."""
+    config = DecoderConfig(122753, 2304, 5760, 40, 36, 36, 64)
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    decoder.allocate(torch.device("meta"), torch.bfloat16)
+    if lora:
+        attach(decoder, LoraConfig())
+    else:
+        decoder.requires_grad_(True)
+    monkeypatch.setattr(kernels, "AVAILABLE", True)
+    monkeypatch.setattr(Decoder, "device", property(lambda self: CARD))
+    card_of(monkeypatch, 9, 0)
+    return decoder
+
+
+@pytest.mark.parametrize(
+    ("tokens", "recompute", "measured"),
+    [(896, False, 9.0), (8192, False, 24.3), (896, True, 6.5), (8192, True, 10.3)],  # capacities of 803 and 8,159
+)
+def test_the_figures_of_a_card(monkeypatch: pytest.MonkeyPatch, tokens: int, recompute: bool, measured: float) -> None:
+    """Reserved GiB of bench/RESULTS.md (H100, 2026-11-25, fused and recomputed), within a tenth."""
+    decoder = minicpm_2b(monkeypatch)
+    weights = sum(p.numel() * p.element_size() for p in decoder.parameters())
+    needed = weights + memory.beyond_weights(decoder, tokens, "short", by_hand=True, recompute=recompute)
+    assert needed / GIB == pytest.approx(measured, rel=0.1)
+
+
+def storages(tensors: list[Tensor], tokens: int) -> int:
+    """Bytes of the memory behind these tensors, each once; a mask of all pairs apart."""
+    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.shape[-1:] != (tokens,)}
+    return sum(found.values())
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for v in value for t in tensors_in(v)] if isinstance(value, tuple) else []
+
+
+@pytest.mark.parametrize("kind", ["lora", "all-linear", "full", "by hand", "by hand, recomputed"])
+def test_what_a_layer_keeps(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes a token and layer, by the difference of two lengths: of the tensors that autograd saves, and of those that
+    `model.fused` does."""
+    decoder = decoder_on("cpu", torch.bfloat16)
+    by_hand = kind.startswith("by hand")
+    if kind == "all-linear":
+        attach(decoder, LoraConfig(4, target_modules="all-linear"))
+    if kind == "full":
+        for linear in decoder.linears():
+            linear.lora = None
+        decoder.lora_config = None
+        decoder.requires_grad_(True)
+    stack: Any = None
+    if by_hand:
+        pytest.importorskip("triton", reason="Triton is not installed (pip install triton runs this)")
+        from minitune.model.fused import FusedStack
+
+        decoder = decoder_on("cpu", torch.float16)
+        decoder.stack = stack = FusedStack(decoder, keep=kind == "by hand")
+
+    def kept(tokens: int) -> int:
+        ids, positions = torch.zeros(tokens, dtype=torch.int64), torch.arange(tokens)
+        cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32)
+        layout = PackedLayout(cu_seqlens, tokens, (tokens,), "short" if by_hand else "masked")
+        dropout = None if kind == "full" else Dropout.at(0, torch.zeros((), dtype=torch.int64), positions, 0.1)
+        held: list[Tensor] = []
+        if by_hand:
+            inner = type(stack).layer_forward
+
+            def forward(i: int, *args: Any) -> Any:
+                out = inner(stack, i, *args)
+                held.extend(tensors_in(out[-1]))
+                return out
+
+            monkeypatch.setattr(stack, "layer_forward", forward)
+            decoder.hidden(ids, positions, layout, dropout)
+        else:
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t.detach()) or t, lambda t: t):
+                decoder.hidden(ids, positions, layout, dropout)
+        return storages(held, tokens)
+
+    slope = (kept(96) - kept(32)) / 64
+    layers = len(decoder.layers)
+    if kind == "by hand, recomputed":
+        # inputs and the strips of q|k|v and o; the last layer whole
+        want: float = (layers - 1) * (decoder.config.hidden_size + 2 * 64) * 2
+        want += memory.layer_bytes(decoder, layers - 1, "short", by_hand)
+    else:
+        want = sum(memory.layer_bytes(decoder, i, "short" if by_hand else "masked", by_hand) for i in range(layers))
+    assert slope == pytest.approx(want, rel=0.01 if by_hand else 0.1)
+
+
+@pytest.mark.parametrize(
+    ("free", "settings", "lora", "want"),
+    [
+        (70, {}, True, False),
+        (70, {}, False, False),  # 20 bytes a parameter less the 2 that are there: some 46 GiB
+        (48, {}, False, True),
+        (6, {}, True, False),
+        (3, {}, True, True),
+        (3, {"tokens_per_pack": 256}, True, False),
+        (3, {"gradient_checkpointing": "false"}, True, False),
+        (70, {"tokens_per_step": 30_000, "tokens_per_pack": 30_000}, True, True),
+        (70, {"gradient_checkpointing": "true"}, True, True),
+    ],
+)
+def test_when_layers_are_recomputed(
+    monkeypatch: pytest.MonkeyPatch, free: float, settings: dict[str, Any], lora: bool, want: bool
+) -> None:
+    """By the card's free memory, the longest rows that a step may hold and the pack's limit."""
+    decoder = minicpm_2b(monkeypatch, lora)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * GIB, 80 * GIB))
+    rows = EncodedRows.of([Encoded([5] * n, [5] * n) for n in [56] * 99 + [200]])
+    assert wants_recompute(TrainConfig(**settings), decoder, rows) == want
