@@ -228,9 +228,7 @@ class Decoder(nn.Module):
         self.embed = _Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = (
-            None if config.tie_word_embeddings else _Head(config.hidden_size, config.vocab_size, bias=False)
-        )
+        self.lm_head = None if config.tie_word_embeddings else _Head(config.hidden_size, config.vocab_size, bias=False)
         self.rope = config.rope()
         self.layer_forward = Layer.__call__
         self.stack: Any = None
