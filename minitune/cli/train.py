@@ -25,6 +25,9 @@ def declare_train(parser: argparse.ArgumentParser) -> None:
 
 def call_train(values: dict[str, Any]) -> int:
     config = settings_of(values, TrainConfig)
+    from minitune.train import ahead
+
+    ahead.import_slow()
     from minitune.train.run import train
     from minitune.train.stop import program
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from minitune.checkpoint import hub
 from minitune.checkpoint.embedded import rows_cache
 from minitune.checkpoint.tokenizer import load_tokenizer
-from minitune.checkpoint.weights import choose_dtype, load_decoder, read_config, read_json
+from minitune.checkpoint.weights import choose_dtype, read_json
 from minitune.config import TrainConfig, UserError, files_of
 from minitune.data import dataset, screen
 from minitune.data.loader import Loader
@@ -47,10 +47,10 @@ class Prepared:
         return self.learn.digest()
 
 
-def prepare(config: TrainConfig) -> Prepared:
-    """Reads the model's folder and the data."""
+def prepare(config: TrainConfig, found: Callable[[Path], None]) -> Prepared:
+    """Reads the model's folder and the data. found: called with the folder before anything slow is read."""
     base = hub.resolve(config.model, source=config.source)
-    read_config(base)  # an architecture that is not supported is said first
+    found(base)  # a model that can't be used is said first
     tokenizer = load_tokenizer(base)
     template = Template.choose(tokenizer, config.template, read_json(base / "config.json"))
 
@@ -89,11 +89,10 @@ def training_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     return choose_dtype(config.dtype, device)
 
 
-def build(config: TrainConfig, ready: Prepared, device: torch.device) -> tuple[Decoder, AdamW, TrainStep]:
-    """The decoder with what learns, its optimizer, and the step."""
+def build(config: TrainConfig, ready: Prepared, decoder: Decoder) -> tuple[Decoder, AdamW, TrainStep]:
+    """The decoder of the base weights with what learns, its optimizer, and the step."""
     lora = None if config.method == "full" else lora_of(config)
-    strips = partial(fast.strips_of, lora=lora) if lora and not fast.why_not_on(device) else None
-    decoder = load_decoder(ready.base, config.dtype, str(device), strips).train()
+    decoder.train()
     highest = max(ready.learn.highest, ready.held_out.highest)
     if highest >= decoder.config.vocab_size:
         raise UserError(
@@ -121,7 +120,7 @@ def build(config: TrainConfig, ready: Prepared, device: torch.device) -> tuple[D
         dropout=config.lora_dropout if config.method == "lora" else 0.0,
         seed=config.seed,
         max_grad_norm=config.max_grad_norm,
-        loss_scale=LossScale(device) if decoder.dtype == torch.float16 else None,
+        loss_scale=LossScale(decoder.device) if decoder.dtype == torch.float16 else None,
     )
     return decoder, optimizer, step
 
