@@ -82,10 +82,10 @@ def fill(work: Sequence[tuple[Entry, Tensor]], stopped: Callable[[], bool] = lam
 
     stopped: asked between pieces; True ends in Abandoned. Raises UserError for a file that can't be read.
     """
-    if not work:
-        return
-    device = work[0][1].device
     todo = [piece for entry, place in work for piece in pieces(entry, place.detach(), PIECE)]
+    if not todo:
+        return
+    device = todo[0].place.device
     todo.sort(key=lambda piece: (piece.entry.path, piece.offset))
     size = max(piece.size for piece in todo)
     left = iter(todo)  # a list's iterator gives each piece to one thread

@@ -20,6 +20,9 @@ SLOW = "transformers.tokenization_utils_tokenizers"
 PATIENCE = 10.0  # seconds for an action that can't be broken off: CUDA's start, a read from a slow disk
 
 
+_importing: list[threading.Thread] = []
+
+
 def import_slow() -> None:
     """Imports in a thread what the tokenizer will want. A fault shows where the module is asked for again."""
 
@@ -27,7 +30,16 @@ def import_slow() -> None:
         with suppress(Exception):
             importlib.import_module(SLOW)
 
-    threading.Thread(target=run, name="imports", daemon=True).start()
+    _importing.append(threading.Thread(target=run, name="imports", daemon=True))
+    _importing[-1].start()
+
+
+def imported() -> None:
+    """Waits for `import_slow`, where it was called: a package that replaces itself while it is imported, as
+    transformers does, must not be asked for by a second thread meanwhile."""
+    while _importing:
+        _importing[-1].join()
+        _importing.pop()
 
 
 class Loading:
@@ -38,7 +50,7 @@ class Loading:
 
     def __init__(self, config: TrainConfig, device: torch.device):
         self.config, self.device = config, device
-        self._stop = threading.Event()
+        self._stop, self._done = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self._decoder: Decoder | None = None
         self._error: BaseException | None = None
@@ -57,6 +69,8 @@ class Loading:
             self._decoder = self._load(shards, empty)
         except BaseException as error:
             self._error = error
+        finally:
+            self._done.set()
 
     def _load(self, shards: Any, empty: Decoder) -> Decoder:
         import torch
@@ -77,7 +91,7 @@ class Loading:
     def result(self) -> Decoder:
         """Waits for the weights; raises what went wrong with them."""
         assert self._thread is not None
-        self._thread.join()
+        self._done.wait()  # not join: a Ctrl-C in that would take the thread for ended (Python 3.11)
         if self._error is not None:
             raise self._error
         assert self._decoder is not None
@@ -89,5 +103,5 @@ class Loading:
     def __exit__(self, *error: object) -> None:
         self._stop.set()
         if self._thread is not None:
-            self._thread.join(PATIENCE)
+            self._done.wait(PATIENCE)
         self._decoder = None

@@ -24,7 +24,7 @@ from minitune.model.attention import choose_kernel
 from minitune.model.decoder import Decoder
 from minitune.model.fused import FusedStack
 from minitune.model.lora import LoraConfig, attach
-from minitune.train import fast
+from minitune.train import ahead, fast
 from minitune.train.optim import AdamW, LossScale
 from minitune.train.step import TrainStep, recompute_layers
 
@@ -51,6 +51,7 @@ def prepare(config: TrainConfig, found: Callable[[Path], None]) -> Prepared:
     """Reads the model's folder and the data. found: called with the folder before anything slow is read."""
     base = hub.resolve(config.model, source=config.source)
     found(base)  # a model that can't be used is said first
+    ahead.imported()
     tokenizer = load_tokenizer(base)
     template = Template.choose(tokenizer, config.template, read_json(base / "config.json"))
 
