@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 from shlex import quote
 from typing import Any
 
@@ -28,8 +29,12 @@ def call_train(values: dict[str, Any]) -> int:
     from minitune.train import ahead
 
     ahead.import_slow()
-    from minitune.train.run import train
-    from minitune.train.stop import program
+    gc.disable()  # torch's import makes a million objects that stay: looking for garbage among them takes a tenth of it
+    try:
+        from minitune.train.run import train
+        from minitune.train.stop import program
+    finally:
+        gc.enable()
 
     summary = train(config, answer=answer, program=program())
     loss = "none" if summary["loss"] is None else f"{summary['loss']:.4f}"

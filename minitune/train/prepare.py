@@ -16,7 +16,7 @@ from minitune.checkpoint.embedded import rows_cache
 from minitune.checkpoint.tokenizer import load_tokenizer
 from minitune.checkpoint.weights import choose_dtype, read_json
 from minitune.config import TrainConfig, UserError, files_of
-from minitune.data import dataset, screen
+from minitune.data import dataset, progress
 from minitune.data.loader import Loader
 from minitune.data.store import EncodedRows
 from minitune.data.template import Encoded, Template
@@ -57,7 +57,7 @@ def prepare(config: TrainConfig, found: Callable[[Path], None]) -> Prepared:
 
     def load(paths: str) -> dataset.Dataset:
         length, most = config.max_length, config.max_samples
-        kept, watch = rows_cache(), screen.watching()
+        kept, watch = rows_cache(), progress.watch
         return dataset.together(
             [
                 dataset.load(path, template, length, config.overlong, most=most, kept=kept, watch=watch)
