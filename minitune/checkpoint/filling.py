@@ -115,6 +115,8 @@ def fill(work: Sequence[tuple[Entry, Tensor]], stopped: Callable[[], bool] = lam
         except BaseException:  # Ctrl-C: leaving the pool waits for its threads
             failed = True
             raise
+    if stream:
+        torch.cuda.empty_cache()  # what the lanes held belongs to their stream, and would serve no other
     errors = [error for error in (future.exception() for future in futures) if error]
     for error in sorted(errors, key=lambda error: isinstance(error, Abandoned)):
         raise error

@@ -62,8 +62,8 @@ class Background:
             self.process.stdin.flush()
 
     def last(self) -> None:
-        """The log is complete: asks for the last drawing, which `drawn` waits for."""
-        if self.process is not None and self.process.stdin is not None:
+        """The log is complete: asks for the last drawing, which `drawn` waits for. Only the first call asks."""
+        if self.process is not None and self.process.stdin is not None and not self.process.stdin.closed:
             self._ask()
             with contextlib.suppress(OSError):
                 self.process.stdin.close()

@@ -148,6 +148,8 @@ class Run:
         if self.due(self.config.watch_steps, end) or self.best.stop:
             self.answer(epoch)
         end = end or self.done == self.total
+        if self.done == self.total:
+            self.report.picture_begins()
         if (self.done % self.config.save_steps == 0 if self.config.save_steps else end) or (
             better and self.config.load_best_model_at_end
         ):
