@@ -57,7 +57,7 @@ class Background:
 
     def _ask(self) -> None:
         assert self.process is not None and self.process.stdin is not None
-        with contextlib.suppress(OSError):  # it has ended: its exit status tells
+        with contextlib.suppress(OSError, ValueError):  # it has ended (its exit status tells), or was asked to
             self.process.stdin.write(b"\n")
             self.process.stdin.flush()
 

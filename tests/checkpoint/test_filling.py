@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -200,10 +201,17 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 def test_it_stops_when_told(tmp_path: Path, threads: int, slow: list[int]) -> None:
     """Between two pieces, in every thread."""
-    folder = write_model(tmp_path)
+    folder, turns = write_model(tmp_path), sys.getswitchinterval()
+    seen: list[float] = []
     with Shards(folder) as shards, pytest.raises(filling.Abandoned):
-        filled(shards, skeleton(shards), "float32", "cpu", None, lambda: len(slow) >= 5)
+        filled(shards, skeleton(shards), "float32", "cpu", None, lambda: bool(_note(seen)) and len(slow) >= 5)
     assert 5 <= len(slow) <= 5 + threads
+    assert min(seen) < turns == sys.getswitchinterval(), "readers were not waiting for the interpreter, or still are"
+
+
+def _note(seen: list[float]) -> list[float]:
+    seen.append(sys.getswitchinterval())
+    return seen
 
 
 def test_ctrl_c_while_it_waits(tmp_path: Path, threads: int, slow: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
