@@ -28,6 +28,7 @@ def call_train(values: dict[str, Any]) -> int:
     config = settings_of(values, TrainConfig)
     from minitune.train import ahead
 
+    ahead.wake(config.device)
     ahead.import_slow()
     gc.disable()  # torch's import makes a million objects that stay: looking for garbage among them takes a tenth of it
     try:

@@ -1,8 +1,11 @@
-"""What begins before its turn: the base weights are read while the data are, slow imports go beside torch's."""
+"""What begins before its turn: the card and slow imports beside torch's import, the base weights beside the data."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import os
+import sys
 import threading
 from contextlib import suppress
 from functools import partial
@@ -40,6 +43,25 @@ def imported() -> None:
     while _importing:
         _importing[-1].join()
         _importing.pop()
+
+
+def wake(device: str) -> None:
+    """Begins CUDA's start (its driver, the card's context: a second or more) in a thread: torch, whose import takes
+    longer, will find and use the same context. `device` as in the settings; what can't be done is left to torch."""
+
+    def run() -> None:
+        with suppress(Exception):
+            cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+            number, context = ctypes.c_int(), ctypes.c_void_p()
+            _ = (
+                cuda.cuInit(0)
+                or cuda.cuDeviceGet(ctypes.byref(number), int(device.partition(":")[2] or 0))
+                or cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), number)
+            )
+
+    if device == "auto" or device.startswith("cuda"):
+        os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")  # as torch does before it starts CUDA
+        threading.Thread(target=run, name="card", daemon=True).start()
 
 
 class Loading:

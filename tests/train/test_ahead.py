@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ import minitune
 from minitune import TrainConfig, UserError, train
 from minitune.checkpoint import filling
 from minitune.cli import main
-from minitune.train import prepare
+from minitune.train import ahead, prepare
 from minitune.train.ahead import Loading
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -208,3 +209,59 @@ def test_resumed_from_weights_read_ahead(own: TrainConfig, tmp_path: Path) -> No
     shutil.rmtree(Path(own.output) / "checkpoint-3")
     again = train(with_(own, resume="auto"), quiet=True)
     assert again["loss"] == whole["loss"] and again["steps"] == 3
+
+
+class Driver:
+    """libcuda's place: what was asked of it, and its answers."""
+
+    def __init__(self, *answers: int):
+        self.answers, self.asked = list(answers), list[tuple[Any, ...]]()
+        self.done = threading.Event()
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        def call(*values: Any) -> int:
+            self.asked.append((name, *(v for v in values if isinstance(v, int))))
+            code = self.answers.pop(0)
+            if code or not self.answers:
+                self.done.set()
+            return code
+
+        return call
+
+
+@pytest.mark.parametrize(
+    ("device", "answers", "asked"),
+    [
+        ("auto", (0, 0, 0), [("cuInit", 0), ("cuDeviceGet", 0), ("cuDevicePrimaryCtxRetain",)]),
+        ("cuda:3", (0, 0, 0), [("cuInit", 0), ("cuDeviceGet", 3), ("cuDevicePrimaryCtxRetain",)]),
+        ("cuda:9", (0, 101), [("cuInit", 0), ("cuDeviceGet", 9)]),
+        ("cuda", (100,), [("cuInit", 0)]),
+    ],
+)
+def test_a_card_is_woken(
+    monkeypatch: pytest.MonkeyPatch, device: str, answers: tuple[int, ...], asked: list[tuple[Any, ...]]
+) -> None:
+    """By the driver alone, no further than it goes."""
+    driver = Driver(*answers)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
+    ahead.wake(device)
+    assert driver.done.wait(10)
+    time.sleep(0.05)
+    assert driver.asked == asked
+
+
+@pytest.mark.parametrize("device", ["cpu", "auto", "cuda:x"])
+def test_no_card_is_no_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], device: str) -> None:
+    """No driver, a name that is none (torch says it), the CPU: nothing is said here."""
+    opened: list[str] = []
+
+    def none(name: str) -> Any:
+        opened.append(name)
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", none)
+    ahead.wake(device)
+    for thread in threading.enumerate():
+        if thread.name == "card":
+            thread.join(10)
+    assert capsys.readouterr().err == "" and len(opened) == (device != "cpu")
