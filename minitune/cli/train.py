@@ -27,7 +27,9 @@ def declare_train(parser: argparse.ArgumentParser) -> None:
 def call_train(values: dict[str, Any]) -> int:
     config = settings_of(values, TrainConfig)
     from minitune.train import ahead
+    from minitune.train.checks import check_settings
 
+    check_settings(config)  # before seconds of imports
     ahead.wake(config.device)
     ahead.import_slow()
     gc.disable()  # torch's import makes a million objects that stay: looking for garbage among them takes a tenth of it

@@ -56,6 +56,12 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
             assert not thread.is_alive(), thread.name
 
 
+def begun(slow: list[float]) -> None:
+    """Waits for the first piece."""
+    while not slow:
+        time.sleep(0.01)
+
+
 def said(capsys: pytest.CaptureFixture[str]) -> str:
     """The last line, of an error without a traceback."""
     err = capsys.readouterr().err
@@ -83,14 +89,19 @@ def test_weights_come_while_the_data_are_read(
 
 
 def test_bad_data_while_weights_are_read(
-    own: TrainConfig, slow: list[float], capsys: pytest.CaptureFixture[str]
+    own: TrainConfig, slow: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The data's line as ever, and not when the weights are there."""
+    load = prepare.dataset.load
+
+    monkeypatch.setattr(prepare.dataset, "load", lambda *a, **k: (begun(slow), load(*a, **k))[1])
     Path(own.data + ".bad").write_text("[{]", encoding="utf-8")
     assert main(argv_of(with_(own, data=own.data + ".bad"))) == 2
     line = said(capsys)
     assert f"{own.data}.bad" in line and "not JSON" in line
-    assert slow and time.monotonic() - slow[-1] < 2.0, "it was being read until just now"
+    assert time.monotonic() - slow[-1] < 2.0, "it was being read until just now"
+    pieces = (Path(own.model) / "model.safetensors").stat().st_size / filling.PIECE
+    assert len(slow) < 0.8 * pieces
     assert not Path(own.output).exists()
 
 
@@ -148,28 +159,27 @@ def test_ctrl_c_while_weights_are_read(
 ) -> None:
     """At once, whether the data are being read or the weights are waited for."""
 
-    def press(*_: Any, **__: Any) -> None:
-        time.sleep(0.3)
+    pressed: list[float] = []
+
+    def press() -> None:
+        begun(slow)
+        pressed.append(time.monotonic())
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(60)
 
-    if when == "data":
-        monkeypatch.setattr(prepare.dataset, "load", press)
-    else:
-        monkeypatch.setattr(Loading, "result", _pressed(Loading.result))
-    began = time.monotonic()
-    assert main(argv_of(own)) == 130
-    assert said(capsys) == "minitune: stopped"
-    assert time.monotonic() - began < 30 and slow
-    assert not Path(own.output).exists()
+    inner = Loading.result
 
-
-def _pressed(inner: Callable[[Loading], Any]) -> Callable[[Loading], Any]:
     def result(self: Loading) -> Any:
-        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        threading.Thread(target=press).start()
         return inner(self)
 
-    return result
+    if when == "data":
+        monkeypatch.setattr(prepare.dataset, "load", lambda *_, **__: (press(), time.sleep(60)))
+    else:
+        monkeypatch.setattr(Loading, "result", result)
+    assert main(argv_of(own)) == 130
+    assert time.monotonic() - pressed[0] < 5.0
+    assert said(capsys) == "minitune: stopped"
+    assert not Path(own.output).exists()
 
 
 def test_what_is_not_wanted_is_let_go(own: TrainConfig, slow: list[float]) -> None:
@@ -181,6 +191,7 @@ def test_what_is_not_wanted_is_let_go(own: TrainConfig, slow: list[float]) -> No
     assert loading._decoder is None and isinstance(loading._error, filling.Abandoned)
 
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(minitune.__file__).parents[1])}
 BARE = """
 import sys
 from minitune.cli import main
@@ -194,9 +205,8 @@ sys.exit(code)
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_no_needless_imports(own: TrainConfig, method: str) -> None:
     """A whole run needs neither torch's compiler (1.3 s of import) nor other large libraries."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(minitune.__file__).parents[1])}
     command = [sys.executable, "-c", BARE, *argv_of(with_(own, method=method, save_steps=1))]
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+    ran = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.splitlines()[-1] == "heavy: []"
 
@@ -265,3 +275,12 @@ def test_no_card_is_no_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         if thread.name == "card":
             thread.join(10)
     assert capsys.readouterr().err == "" and len(opened) == (device != "cpu")
+
+
+def test_bad_settings_are_said_at_once(own: TrainConfig) -> None:
+    """Before torch is imported, which takes seconds."""
+    program = BARE.replace("torch._dynamo", "torch")
+    command = [sys.executable, "-c", program, *argv_of(with_(own, eval_fraction=0.1, eval_rows=3))]
+    ran = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert ran.returncode == 2 and ran.stderr.startswith("minitune: give one of --eval_data")
+    assert ran.stdout == "heavy: []\n"
