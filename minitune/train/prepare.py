@@ -14,7 +14,7 @@ import torch
 from minitune.checkpoint import hub
 from minitune.checkpoint.embedded import rows_cache
 from minitune.checkpoint.tokenizer import load_tokenizer
-from minitune.checkpoint.weights import choose_dtype, read_json
+from minitune.checkpoint.weights import choose_dtype, read_config, read_json
 from minitune.config import TrainConfig, UserError, files_of
 from minitune.data import dataset, progress
 from minitune.data.loader import Loader
@@ -47,7 +47,7 @@ class Prepared:
         return self.learn.digest()
 
 
-def prepare(config: TrainConfig, found: Callable[[Path], None]) -> Prepared:
+def prepare(config: TrainConfig, found: Callable[[Path], object] = read_config) -> Prepared:
     """Reads the model's folder and the data. found: called with the folder before anything slow is read."""
     base = hub.resolve(config.model, source=config.source)
     found(base)  # a model that can't be used is said first
