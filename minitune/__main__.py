@@ -1,5 +1,5 @@
 """`python -m minitune`."""
 
-from minitune.cli import main
+from minitune.cli import process
 
-raise SystemExit(main())
+raise SystemExit(process())

@@ -13,7 +13,7 @@ from typing import Any
 from minitune.checkpoint import gguf_tokenizer
 from minitune.checkpoint.embedded import cache_root
 from minitune.checkpoint.gguf import RUN, GgufFile, value
-from minitune.checkpoint.weights import GGUF
+from minitune.checkpoint.shards import GGUF
 from minitune.config import UserError
 
 

@@ -13,7 +13,8 @@ import torch
 
 from minitune.checkpoint import adapter
 from minitune.checkpoint.folder import whole
-from minitune.checkpoint.weights import Shards, hub_parameters
+from minitune.checkpoint.shards import Shards
+from minitune.checkpoint.weights import hub_parameters
 from minitune.config import UserError
 from minitune.model.decoder import Decoder
 

@@ -1,7 +1,6 @@
-"""Hub layout <-> our parameters, both ways, strict. Memory-mapped, one tensor at a time; no checkpoint code is run.
+"""Hub layout <-> our parameters, both ways, strict. A few tensors at a time; no checkpoint code is run.
 
-Two other forms are read through the same names: 4-bit weights of compressed-tensors (`model.quantized`), and a GGUF
-file in a folder that `gguf_folder` made.
+4-bit weights of compressed-tensors (`model.quantized`) are read through the same names.
 """
 
 from __future__ import annotations
@@ -10,37 +9,19 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from minitune.checkpoint import filling
+from minitune.checkpoint.shards import Shards, read_json
 from minitune.config import UserError
 from minitune.model import kernels
 from minitune.model.decoder import Decoder, DecoderConfig, Layer
 from minitune.model.quantized import Int4Linear, group_of, quantize_linears
 
-if TYPE_CHECKING:
-    from minitune.checkpoint.gguf import GgufFile
-
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-GGUF = "model.gguf"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a checkpoint; UserError names the file and the place."""
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8; download the file again") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from None
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return loaded
 
 
 def read_config(folder: str | Path) -> DecoderConfig:
@@ -74,102 +55,6 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}: give auto, {', '.join(DTYPES)}")
     return DTYPES[dtype]
-
-
-class Shards:
-    """The tensors of a hub folder by name, read lazily. A context manager: files stay mapped while it is open."""
-
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        self._bins: dict[Path, dict[str, Tensor]] = {}
-        self._safe: dict[Path, Any] = {}
-        self.where: dict[str, Path] = {}
-        self._gguf: GgufFile | None = None
-        for stem in ("model.safetensors", "pytorch_model.bin"):  # the order in which transformers looks
-            path, index = self.folder / stem, self.folder / f"{stem}.index.json"
-            if path.is_file():
-                self.where = dict.fromkeys(self._names(path), path)
-                return
-            if index.is_file():
-                self._read_index(index)
-                return
-        if (path := self.folder / GGUF).is_file():
-            from minitune.checkpoint.gguf import GgufFile
-
-            self._gguf = GgufFile(path)
-            self.where = dict.fromkeys(self._gguf.names(), path)
-            return
-        raise UserError(f"{self.folder}: no weights (model.safetensors or pytorch_model.bin, whole or sharded)")
-
-    def __enter__(self) -> Shards:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.unmap()
-
-    def unmap(self) -> None:
-        """Lets go of the open file: what was read of it leaves this process's memory with the last tensor of it."""
-        self._bins.clear()
-        self._safe.clear()
-
-    def _read_index(self, index: Path) -> None:
-        weight_map = read_json(index).get("weight_map")
-        entries = weight_map if isinstance(weight_map, dict) else {}
-        if not entries or not all(isinstance(f, str) and Path(f).name == f for f in entries.values()):
-            raise UserError(f"{index}: weight_map does not name files of this folder; download it again")
-        self.where = {name: self.folder / file for name, file in entries.items()}
-        files = sorted(set(self.where.values()))
-        missing = [f.name for f in files if not f.is_file()]
-        if missing:
-            raise UserError(
-                f"{self.folder}: shard {missing[0]} is missing ({len(missing)} of {len(files)}); download it again"
-            )
-
-    def _handle(self, path: Path) -> Any:
-        from safetensors import SafetensorError, safe_open
-
-        if path not in self._safe:
-            try:
-                self._safe = {path: safe_open(path, framework="pt")}  # one at a time: the others are unmapped
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path}: damaged ({str(error).splitlines()[0]}); download it again") from None
-        return self._safe[path]
-
-    def _bin(self, path: Path) -> dict[str, Tensor]:
-        if path not in self._bins:
-            self._bins.clear()  # one pickle at a time
-            try:
-                held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except Exception as error:  # torch raises many kinds for a damaged or unsafe pickle
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                raise UserError(f"{path}: can't be read as plain weights ({reason[:120]})") from None
-            if not isinstance(held, dict) or not all(isinstance(t, Tensor) for t in held.values()):
-                raise UserError(f"{path}: holds something else than tensors by name")
-            self._bins[path] = held
-        return self._bins[path]
-
-    def _names(self, path: Path) -> list[str]:
-        return list(self._bin(path) if path.suffix == ".bin" else self._handle(path).keys())
-
-    def get(self, name: str, shape: torch.Size | None = None) -> Tensor:
-        """The tensor, on the CPU; memory-mapped where the format allows. `shape`: what config.json asks for."""
-        path = self.where[name]
-        try:
-            if self._gguf is not None:
-                tensor = self._gguf.get(name)
-            else:
-                tensor = self._bin(path)[name] if path.suffix == ".bin" else self._handle(path).get_tensor(name)
-        except UserError:
-            raise
-        except Exception:
-            raise UserError(f"{path}: tensor {name}, named by the index, is not in it") from None
-        if shape is not None and tensor.shape != shape:
-            raise UserError(f"{path}: {name} is {list(tensor.shape)}, config.json says {list(shape)}")
-        return tensor
-
-    def names(self) -> list[str]:
-        """Names file by file, so that each shard is opened once."""
-        return sorted(self.where, key=lambda n: (self.where[n], n))
 
 
 def hub_parameters(decoder: Decoder) -> dict[str, Tensor]:
@@ -235,11 +120,13 @@ def skeleton(shards: Shards) -> Decoder:
         decoder = Decoder(_resolve_tie(config, shards))
     if group := _int4_group(shards.folder):
         quantize_linears(decoder, group)
-    _check_names(shards, hub_parameters(decoder), decoder.config.tie_word_embeddings)
+    wanted = hub_parameters(decoder)
+    _check_names(shards, wanted, decoder.config.tie_word_embeddings)
+    for name in wanted:
+        shards.entry(name, wanted[name].shape)
     return decoder
 
 
-@torch.no_grad()
 def load_decoder(
     folder: str | Path,
     dtype: str = "auto",
@@ -249,18 +136,36 @@ def load_decoder(
     """The decoder of a hub folder, its parameters frozen. strips: what to widen (`Decoder.allocate`), told from the
     empty decoder.
 
-    One tensor at a time is cast and copied from the mapped file into its fused place, so that neither a second
-    copy of the model nor a float32 copy of a float32 checkpoint exists.
+    Tensors are cast and copied piece by piece into their fused places, so that neither a second copy of the model nor a
+    float32 copy of a float32 checkpoint exists.
     """
-    place = choose_device(device)
-    kind = choose_dtype(dtype, place)
     with Shards(folder) as shards:
-        decoder = skeleton(shards)
-        decoder.allocate(place, kind, strips(decoder) if strips else None)
-        wanted = hub_parameters(decoder)
-        for name in shards.names():
-            if name in wanted:
+        return filled(shards, skeleton(shards), dtype, device, strips)
+
+
+@torch.no_grad()
+def filled(
+    shards: Shards,
+    decoder: Decoder,
+    dtype: str,
+    device: str,
+    strips: Callable[[Decoder], dict[str, int]] | None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Decoder:
+    """The `skeleton` of `shards` with memory and values; see `load_decoder`. stopped: see `filling.fill`."""
+    place = choose_device(device)
+    decoder.allocate(place, choose_dtype(dtype, place), strips(decoder) if strips else None)
+    wanted = hub_parameters(decoder)
+    at_once: list[tuple[filling.Entry, Tensor]] = []
+    for name in shards.names():
+        if name in wanted:
+            if stopped():
+                raise filling.Abandoned
+            if entry := shards.entry(name, wanted[name].shape):
+                at_once.append((entry, wanted[name]))
+            else:
                 wanted[name].copy_(shards.get(name, wanted[name].shape))
+    filling.fill(at_once, stopped)
     return decoder.eval()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import difflib
 import os
 import sys
@@ -18,6 +19,26 @@ from minitune.cli.start import call_demo, call_download, declare_demo, declare_d
 from minitune.cli.talk import call_chat, call_serve, declare_chat, declare_serve
 from minitune.cli.train import call_train, declare_train
 from minitune.config import UserError
+
+
+def process() -> int:
+    """`main` as a whole process, which ends where its last line is said: the interpreter's own way out frees a card's
+    memory and every object one by one, which takes a second or two and serves nobody."""
+    code: list[int] = []
+
+    def leave() -> None:
+        if not code:  # an error that is a traceback
+            return
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except (OSError, ValueError):
+            return  # the interpreter says it
+        os._exit(code[0])
+
+    atexit.register(leave)  # the first to be registered runs last, behind everything that has to run at the end
+    code.append(main())
+    return code[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

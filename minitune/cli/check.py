@@ -27,7 +27,7 @@ def declare_check(parser: argparse.ArgumentParser) -> None:
 
 def call_check(config: TrainConfig, values: dict[str, Any]) -> int:
     """values: json, html, near, fix, fix_also. Returns 1 where training on the file would hurt."""
-    from minitune.data import check, html, mend, screen
+    from minitune.data import check, html, mend, progress, screen
 
     near = str(values["near"]).lower()
     near = {"1": "true", "yes": "true", "on": "true", "0": "false", "no": "false", "off": "false"}.get(near, near)
@@ -49,9 +49,8 @@ def call_check(config: TrainConfig, values: dict[str, Any]) -> int:
 
         base = hub.resolve(config.model)
         tokenizer, hub_config, kept = load_tokenizer(base), read_json(base / "config.json"), rows_cache()
-    watch = screen.watching()
-    report = check.check(config, tokenizer, hub_config, near, watch, kept)
-    mended = mend.mend(config, report, Path(values["fix"]), also, watch) if values["fix"] else None
+    report = check.check(config, tokenizer, hub_config, near, progress.watch, kept)
+    mended = mend.mend(config, report, Path(values["fix"]), also, progress.watch) if values["fix"] else None
     if values["html"]:
         html.write(values["html"], report.as_page())
     if values["json"]:

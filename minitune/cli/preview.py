@@ -42,7 +42,7 @@ def call_preview(config: TrainConfig, values: dict[str, Any]) -> int:
     from minitune.checkpoint.embedded import rows_cache
     from minitune.checkpoint.tokenizer import load_tokenizer
     from minitune.checkpoint.weights import read_json
-    from minitune.data import preview, screen
+    from minitune.data import preview, progress
 
     base = hub.resolve(config.model)
     tokenizer = load_tokenizer(base)
@@ -70,5 +70,5 @@ def call_preview(config: TrainConfig, values: dict[str, Any]) -> int:
         html=values.get("html") or "",
         packed=packed if values["packed"] else None,
         kept=rows_cache(),
-        watch=screen.watching(),
+        watch=progress.watch,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 from shlex import quote
 from typing import Any
 
@@ -25,8 +26,18 @@ def declare_train(parser: argparse.ArgumentParser) -> None:
 
 def call_train(values: dict[str, Any]) -> int:
     config = settings_of(values, TrainConfig)
-    from minitune.train.run import train
-    from minitune.train.stop import program
+    from minitune.train import ahead
+    from minitune.train.checks import check_settings
+
+    check_settings(config)  # before seconds of imports
+    ahead.wake(config.device)
+    ahead.import_slow()
+    gc.disable()  # torch's import makes a million objects that stay: looking for garbage among them takes a tenth of it
+    try:
+        from minitune.train.run import train
+        from minitune.train.stop import program
+    finally:
+        gc.enable()
 
     summary = train(config, answer=answer, program=program())
     loss = "none" if summary["loss"] is None else f"{summary['loss']:.4f}"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from rich.cells import cell_len, set_cell_size
@@ -19,7 +17,6 @@ SIGNS = {"error": ("✗", "bold red"), "warning": ("!", "bold yellow"), "note": 
 # Findings of one severity beyond these are counted, not told; --json and --html tell all.
 MOST = 12
 EXAMPLES = 2
-PATIENCE = 0.7  # seconds before a bar shows
 # Where no terminal reads, a sentence is a line, however long.
 UNBROKEN = 4000
 
@@ -141,34 +138,3 @@ def padded(text: Text, wide: int) -> Text:
 def clipped(text: str, room: int) -> str:
     """The text in at most `room` columns; a Chinese character has two."""
     return text if cell_len(text) <= room else set_cell_size(text, max(1, room - 1)).rstrip() + "…"
-
-
-def watching() -> Callable[[str, Callable[[], float], Iterable[Any]], Iterable[Any]]:
-    """`check`'s watch: a progress line on stderr while rows are read, where that is a terminal."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    def watch(what: str, fraction: Callable[[], float], rows: Iterable[Any]) -> Iterator[Any]:
-        if not sys.stderr.isatty():
-            yield from rows
-            return
-        begun = time.monotonic()
-        rows_done = TextColumn("{task.fields[done]:,} rows")
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            rows_done,
-            TimeRemainingColumn(),
-        )
-        progress = Progress(*columns, console=Console(stderr=True), transient=True)
-        task = progress.add_task(what, total=1.0, done=0)
-        try:
-            for count, row in enumerate(rows, 1):
-                yield row
-                if count % 500 == 0 and time.monotonic() - begun > PATIENCE:
-                    progress.start()  # what is done at once shows no bar
-                    progress.update(task, completed=fraction(), done=count)
-        finally:
-            progress.stop()
-
-    return watch

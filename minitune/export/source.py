@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from minitune.checkpoint import adapter as adapters
-from minitune.checkpoint.weights import DTYPES, EMBED, Shards, hub_parameters, skeleton
+from minitune.checkpoint.shards import Shards
+from minitune.checkpoint.weights import DTYPES, EMBED, hub_parameters, skeleton
 from minitune.config import UserError
 from minitune.model.decoder import Decoder
 

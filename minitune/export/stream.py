@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minitune.checkpoint.adapter import adapter_parameters
-from minitune.checkpoint.weights import EMBED, HEAD, Shards, hub_parameters, skeleton
+from minitune.checkpoint.shards import Shards
+from minitune.checkpoint.weights import EMBED, HEAD, hub_parameters, skeleton
 from minitune.model.attention import PackedLayout
 from minitune.model.decoder import Decoder, DecoderConfig, Layer, Linear
 

@@ -112,6 +112,16 @@ class DecoderConfig:
         return replace(self, tie_word_embeddings=False)
 
 
+class _Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        """Stays empty, as every parameter here: on `meta`, torch's own values would cost the import of its compiler."""
+
+
+class _Head(nn.Linear):
+    def reset_parameters(self) -> None:
+        """As above."""
+
+
 class Linear(nn.Module):
     """A bias-free linear whose output rows are one or more named parts; carries their adapters."""
 
@@ -215,12 +225,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.lora_config: LoraConfig | None = None
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed = _Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = (
-            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        )
+        self.lm_head = None if config.tie_word_embeddings else _Head(config.hidden_size, config.vocab_size, bias=False)
         self.rope = config.rope()
         self.layer_forward = Layer.__call__
         self.stack: Any = None
@@ -241,7 +249,8 @@ class Decoder(nn.Module):
         self.to(dtype)
         for kind, width in (strips or {}).items():
             self._room(kind, width, device)
-        self.to_empty(device=device)
+        # not to_empty: its empty_like of a tensor on meta imports torch's compiler
+        self._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
         for kind in strips or {}:
             self._show(kind)
         owner.weight = nn.Parameter(owner.weight.data[:rows].requires_grad_(False))

@@ -6,7 +6,6 @@ import math
 import tempfile
 from pathlib import Path
 
-from minitune.checkpoint import resume
 from minitune.config import TrainConfig, UserError, files_of
 from minitune.train.track import check_trackers
 from minitune.train.watch import read_prompts
@@ -77,6 +76,8 @@ def check_output(output: Path, config: TrainConfig) -> Path | None:
     UserError where the folder is a file, or holds another run. With --resume, a run that was stopped before its
     first checkpoint begins again.
     """
+    from minitune.checkpoint import resume
+
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; give a folder as --output")
     place = next((p for p in (output, *output.absolute().parents) if p.exists()), output)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 
 class Clock:
-    """Every second belongs to one name: the one that was begun last.
+    """Every second belongs to one name: the one that was begun last. What a thread does meanwhile (the base weights are
+    read while the data are) counts only as far as it is waited for.
 
     A card works on behind the host: what it still owes is waited for, and counted, where the host next waits.
     """

@@ -6,6 +6,7 @@ update, so neither clipping, nor loss scaling, nor a value that is not finite ne
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -30,6 +31,15 @@ def learning_rate_at(step: int, total: int, config: TrainConfig) -> float:
     return peak * max(0.0, 1 - progress)
 
 
+class _Inner(torch.optim.AdamW):
+    """torch's, its methods without their decorators: those import torch's compiler (1.3 s of start) to keep it away."""
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
 class AdamW:
     """AdamW over float32 values; parameters of fewer bits get a float32 master copy, which holds the truth.
 
@@ -49,7 +59,7 @@ class AdamW:
             for group, decay in ((decays, config.weight_decay), (rest, 0.0))
             if group
         ]
-        self.inner = torch.optim.AdamW(
+        self.inner = _Inner(
             groups,
             lr=self.rate,
             betas=(config.adam_beta1, config.adam_beta2),

@@ -4,6 +4,7 @@ steps. The process reads log.jsonl and knows nothing else, so this file imports 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -12,7 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-EVERY = 30.0  # seconds between drawings of a running run; one takes about a second of an idle core
+AFTER = 5.0  # seconds until the first drawing of a run; it takes a second or two of an idle core
+EVERY = 30.0  # seconds between two; each takes a third of a second
 # Files of fonts that draw Chinese, on Linux, macOS and Windows; sans before serif.
 CJK: tuple[str, ...] = (
     "notosanscjk",
@@ -28,35 +30,66 @@ CJK += ("droidsansfallback", "notoserifcjk", "notoserifsc", "sourcehanserif", "s
 
 
 class Background:
-    """Keeps loss.png fresh from another process, rarely, at the lowest priority."""
+    """Keeps loss.png fresh from another process, rarely, at the lowest priority. A run that is over soon has none.
+
+    The process has matplotlib imported by the end of the run, and draws the last picture while the result is written.
+    """
 
     def __init__(self, folder: Path, title: str):
         self.folder, self.title = folder, title
         self.process: subprocess.Popen[bytes] | None = None
-        self.started = time.monotonic()
+        self.since = time.monotonic()  # the last drawing, or the beginning
 
     def refresh(self) -> None:
-        """Starts a drawing where one is due; costs a look at the clock otherwise."""
-        if time.monotonic() - self.started < EVERY or (self.process and self.process.poll() is None):
+        """Asks for a drawing where one is due; costs a look at the clock otherwise."""
+        now = time.monotonic()
+        if now - self.since < (EVERY if self.process else AFTER):
             return
-        self.started = time.monotonic()
+        self.since = now
+        if self.process:
+            self._ask()
+            return
         command = [sys.executable, "-P", __file__, str(self.folder), self.title]
-        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        quiet = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         with contextlib.suppress(OSError):  # no memory for a process: the picture waits for the end
             # a session of its own: Ctrl-C is for the run
             self.process = subprocess.Popen(command, start_new_session=True, **quiet)  # type: ignore[call-overload]
 
+    def _ask(self) -> None:
+        assert self.process is not None and self.process.stdin is not None
+        with contextlib.suppress(OSError, ValueError):  # it has ended (its exit status tells), or was asked to
+            self.process.stdin.write(b"\n")
+            self.process.stdin.flush()
+
+    def last(self) -> None:
+        """The log is complete: asks for the last drawing, which `drawn` waits for. Only the first call asks."""
+        if self.process is not None and self.process.stdin is not None and not self.process.stdin.closed:
+            self._ask()
+            with contextlib.suppress(OSError):
+                self.process.stdin.close()
+
+    def drawn(self) -> bool:
+        """Whether the process has drawn the last picture; if not, it has ended."""
+        if self.process is None:
+            return False
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if self.process.wait(10) == 0:
+                self.process = None
+                return True
+        self.close()
+        return False
+
     def close(self) -> None:
-        """Waits for a drawing under way, so that it can't replace a later one."""
+        """Ends the process, so that it can't replace a later picture."""
         if self.process is None:
             return
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-            for part in self.folder.glob(".loss.png.*.part"):
-                part.unlink(missing_ok=True)
+        self.process.kill()
+        self.process.wait()
+        with contextlib.suppress(OSError):
+            if self.process.stdin is not None:
+                self.process.stdin.close()
+        for part in self.folder.glob(".loss.png.*.part"):
+            part.unlink(missing_ok=True)
         self.process = None
 
 
@@ -147,4 +180,5 @@ if __name__ == "__main__":
     with contextlib.suppress(OSError):
         os.nice(19)
     folder = Path(sys.argv[1])
-    draw(folder / "loss.png", *read(folder / "log.jsonl"), title=sys.argv[2])
+    for _ in itertools.chain([""], sys.stdin):  # once now, then whenever a line asks; the run's end is the end
+        draw(folder / "loss.png", *read(folder / "log.jsonl"), title=sys.argv[2])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ import torch
 from minitune.checkpoint import hub
 from minitune.checkpoint.embedded import rows_cache
 from minitune.checkpoint.tokenizer import load_tokenizer
-from minitune.checkpoint.weights import choose_dtype, load_decoder, read_config, read_json
+from minitune.checkpoint.weights import choose_dtype, read_config, read_json
 from minitune.config import TrainConfig, UserError, files_of
-from minitune.data import dataset, screen
+from minitune.data import dataset, progress
 from minitune.data.loader import Loader
 from minitune.data.store import EncodedRows
 from minitune.data.template import Encoded, Template
@@ -25,7 +25,7 @@ from minitune.model.attention import choose_kernel
 from minitune.model.decoder import Decoder
 from minitune.model.fused import FusedStack
 from minitune.model.lora import LoraConfig, attach
-from minitune.train import fast, memory
+from minitune.train import ahead, fast, memory
 from minitune.train.optim import AdamW, LossScale
 from minitune.train.step import TrainStep, recompute_layers
 
@@ -48,16 +48,17 @@ class Prepared:
         return self.learn.digest()
 
 
-def prepare(config: TrainConfig) -> Prepared:
-    """Reads the model's folder and the data."""
+def prepare(config: TrainConfig, found: Callable[[Path], object] = read_config) -> Prepared:
+    """Reads the model's folder and the data. found: called with the folder before anything slow is read."""
     base = hub.resolve(config.model, source=config.source)
-    read_config(base)  # an architecture that is not supported is said first
+    found(base)  # a model that can't be used is said first
+    ahead.imported()
     tokenizer = load_tokenizer(base)
     template = Template.choose(tokenizer, config.template, read_json(base / "config.json"))
 
     def load(paths: str) -> dataset.Dataset:
         length, most = config.max_length, config.max_samples
-        kept, watch = rows_cache(), screen.watching()
+        kept, watch = rows_cache(), progress.watch
         return dataset.together(
             [
                 dataset.load(path, template, length, config.overlong, most=most, kept=kept, watch=watch)
@@ -90,11 +91,10 @@ def training_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     return choose_dtype(config.dtype, device)
 
 
-def build(config: TrainConfig, ready: Prepared, device: torch.device) -> tuple[Decoder, AdamW, TrainStep]:
-    """The decoder with what learns, its optimizer, and the step."""
+def build(config: TrainConfig, ready: Prepared, decoder: Decoder) -> tuple[Decoder, AdamW, TrainStep]:
+    """The decoder of the base weights with what learns, its optimizer, and the step."""
     lora = None if config.method == "full" else lora_of(config)
-    strips = partial(fast.strips_of, lora=lora) if lora and not fast.why_not_on(device) else None
-    decoder = load_decoder(ready.base, config.dtype, str(device), strips).train()
+    decoder.train()
     highest = max(ready.learn.highest, ready.held_out.highest)
     if highest >= decoder.config.vocab_size:
         raise UserError(

@@ -41,7 +41,6 @@ class Report:
         self._pending: list[tuple[dict[str, Any], StepResult]] = []
         self._since = time.perf_counter()
         self._skipped_in_a_row = 0
-        self._drawn: tuple[int, int] | None = None
 
     def resume(self, step: int) -> None:
         """Takes up logs that were cut at `step`; later rows of the interrupted run are dropped."""
@@ -138,13 +137,14 @@ class Report:
         self._since = time.perf_counter()
         self.view.busy("")
 
+    def picture_begins(self) -> None:
+        """The log is complete: lets loss.png be drawn while the result is written."""
+        self.background.last()
+
     def picture(self) -> None:
-        """Draws loss.png where there is something new."""
-        self.background.close()
-        known = (len(self.rows), len(self.evals))
-        if self._drawn == known:
+        """Has loss.png drawn, here where no other process did it."""
+        if self.background.drawn():
             return
-        self._drawn = known
         path = self.folder / "loss.png"
         try:
             draw(path, self.rows, self.evals, self.background.title)

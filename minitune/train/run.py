@@ -20,6 +20,7 @@ from minitune.config import TrainConfig, UserError, to_yaml
 from minitune.data.loader import Loader, StepBatch
 from minitune.model.decoder import Decoder
 from minitune.train import fast
+from minitune.train.ahead import Loading
 from minitune.train.checks import check_output, check_settings
 from minitune.train.clock import Clock, process_seconds
 from minitune.train.graph import CapturedStep
@@ -49,8 +50,8 @@ def train(config: TrainConfig, quiet: bool = False, answer: Answer | None = None
     device = choose_device(config.device)
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # kernels and captures take the current one
-    with memory_said(config, device) as memory:
-        ready = prepare(config)
+    with memory_said(config, device) as memory, Loading(config, device) as loading:
+        ready = prepare(config, loading.begin)
         memory.longest = ready.learn.longest
         config = dataclasses.replace(
             config,
@@ -61,7 +62,7 @@ def train(config: TrainConfig, quiet: bool = False, answer: Answer | None = None
             dtype=str(training_dtype(config, device)).removeprefix("torch."),  # type: ignore[arg-type]
         )
         clock.begin("model")
-        decoder, optimizer, step = build(config, ready, device)
+        decoder, optimizer, step = build(config, ready, loading.result())
         watch = Watch(config, ready.template, ready.tokenizer, decoder.config.max_position_embeddings, answer)
         loader = make_loader(config, ready.learn, device)
         total, per_epoch = count_steps(config, loader)
@@ -147,6 +148,8 @@ class Run:
         if self.due(self.config.watch_steps, end) or self.best.stop:
             self.answer(epoch)
         end = end or self.done == self.total
+        if self.done == self.total:
+            self.report.picture_begins()
         if (self.done % self.config.save_steps == 0 if self.config.save_steps else end) or (
             better and self.config.load_best_model_at_end
         ):
@@ -249,6 +252,7 @@ class Run:
         """Writes the result and summary.json."""
         output = Path(self.config.output)
         self.report.view.busy("writing the result …")
+        self.report.picture_begins()
         held = self.report.evals[-1][1] if self.report.evals else None
         if self.config.load_best_model_at_end and self.best.step not in (0, self.done):
             best = output / f"checkpoint-{self.best.step}"

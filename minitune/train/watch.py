@@ -11,15 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING, Any
 
 from minitune.config import TrainConfig, UserError
 from minitune.data.forms import Message
 from minitune.data.template import Template
-from minitune.model.decoder import Decoder
+
+if TYPE_CHECKING:
+    from minitune.model.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Sample:
 
 
 # (decoder, tokenizer, what is asked) -> (answer, finish) for each prompt
-Answer = Callable[[Decoder, Any, Ask], Sequence[tuple[str, str]]]
+Answer = Callable[["Decoder", Any, Ask], Sequence[tuple[str, str]]]
 
 
 def read_prompts(path: Path) -> list[list[Message]]:
@@ -127,6 +126,9 @@ class Watch:
 @contextmanager
 def undisturbed(decoder: Decoder) -> Iterator[None]:
     """The decoder in evaluation; afterwards its mode and all generators of chance are as before."""
+    import numpy as np
+    import torch
+
     training, device = decoder.training, decoder.device
     states = (random.getstate(), np.random.get_state(), torch.get_rng_state())
     card = torch.cuda.get_rng_state(device) if device.type == "cuda" else None

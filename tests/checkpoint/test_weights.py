@@ -20,8 +20,8 @@ from twins import hub_twin, rewrite_config
 
 import minitune
 from minitune import UserError, load_model
+from minitune.checkpoint.shards import Shards
 from minitune.checkpoint.weights import (
-    Shards,
     choose_device,
     choose_dtype,
     hub_parameters,

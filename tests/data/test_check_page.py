@@ -19,7 +19,7 @@ from rich.console import Console
 
 from minitune import cli
 from minitune.config import TrainConfig, UserError
-from minitune.data import html, screen
+from minitune.data import html, progress, screen
 from minitune.data.check import check
 from minitune.data.html import Html, Section, bars, escape, lines, page, table, tag
 from minitune.data.report import Report
@@ -185,7 +185,7 @@ def test_a_few_rows(tmp_path: Path) -> None:
 
 def test_progress_is_for_terminals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without one, rows pass through and nothing is said."""
-    assert list(screen.watching()("reading", lambda: 0.5, range(3))) == [0, 1, 2]
+    assert list(progress.watch("reading", lambda: 0.5, range(3))) == [0, 1, 2]
     assert capsys.readouterr().err == ""
 
 

@@ -428,3 +428,46 @@ def test_a_whole_command(model: Path, tmp_path: Path) -> None:
     done = subprocess.run(argv, capture_output=True, encoding="utf-8", cwd=ROOT, env=environment)
     assert done.returncode == 0 and f"-> {folder}" in done.stdout and "数据.json" in done.stderr, done.stderr
     assert build(TrainConfig, read_yaml(folder / "run.yaml")).data == str(data)
+
+
+# The process's end
+
+PROCESS = """
+import atexit, sys
+from minitune import cli
+
+class Held:
+    def __del__(self):
+        print("cleared up")
+
+held = Held()
+
+def main():
+    atexit.register(print, "registered")
+    print("said")
+    if sys.argv[1] == "bug":
+        raise RuntimeError("a bug")
+    return 3
+
+cli.main = main
+raise SystemExit(cli.process())
+"""
+
+
+def test_a_process_ends_with_its_last_line() -> None:
+    """The exit code and all output; what was registered runs, the interpreter's clearing up does not."""
+    ran = subprocess.run([sys.executable, "-c", PROCESS, "work"], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (3, "said\nregistered\n", "")
+    ran = subprocess.run([sys.executable, "-c", PROCESS, "bug"], capture_output=True, text=True)
+    assert ran.returncode == 1 and "RuntimeError: a bug" in ran.stderr
+    assert ran.stdout == "said\nregistered\ncleared up\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_output_that_is_lost_is_no_success() -> None:
+    """A last line that can't be written is not passed over."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", PROCESS, "work"]
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert ran.returncode == 120 and "No space left" in ran.stderr

@@ -215,7 +215,7 @@ def test_wheel(tmp_path: Path) -> None:
     metadata = next(n for n in names if n.endswith("METADATA"))
     assert "Name: minitune" in (unpacked / metadata).read_text(encoding="utf-8")
     entry = next(n for n in names if n.endswith("entry_points.txt"))
-    assert "minitune = minitune.cli:main" in (unpacked / entry).read_text(encoding="utf-8")
+    assert "minitune = minitune.cli:process" in (unpacked / entry).read_text(encoding="utf-8")
     program = (
         f"import sys; sys.path.insert(0, {str(unpacked)!r})\n"
         "import minitune, minitune.cli\n"

@@ -13,7 +13,8 @@ import pytest
 import torch
 from runs import log_of, result_of, with_
 
-from minitune.checkpoint.weights import Shards, load_decoder, skeleton
+from minitune.checkpoint.shards import Shards
+from minitune.checkpoint.weights import load_decoder, skeleton
 from minitune.config import TrainConfig
 from minitune.data.loader import Loader
 from minitune.data.template import Encoded

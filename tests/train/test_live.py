@@ -311,56 +311,62 @@ def write_log(folder: Path, steps: int, tail: str = "") -> None:
 
 
 def test_a_drawing_from_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rarely: not before it is due, and one at a time; what it draws is whole, from a log that is being written."""
+    """Rarely: not before it is due, and by one process; what it draws is whole, from a log that is being written, and
+    the last picture has the last rows."""
     import matplotlib.image
 
     folder = tmp_path / "甄嬛 $x"
+    path = folder / "loss.png"
     write_log(folder, 50, tail='{"step": 51, "lo')
     background = picture.Background(folder, folder.name)
     for _ in range(1000):
         background.refresh()
-    assert background.process is None, "a short run starts no process"
-    monkeypatch.setattr(picture, "EVERY", 0.0)
+    assert background.process is None and not background.drawn(), "a short run starts no process"
+    monkeypatch.setattr(picture, "AFTER", 0.0)
     background.refresh()
-    first = background.process
+    process = background.process
     background.refresh()
-    assert first is not None and background.process is first
+    assert process is not None and background.process is process
     if hasattr(os, "getpgid"):
-        assert os.getpgid(first.pid) != os.getpgid(0), "Ctrl-C would reach it"
-    assert first.wait(60) == 0
-    assert matplotlib.image.imread(folder / "loss.png", format="png").std() > 0.01
+        assert os.getpgid(process.pid) != os.getpgid(0), "Ctrl-C would reach it"
+    until = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    first = path.read_bytes()
+    assert matplotlib.image.imread(path, format="png").std() > 0.01
     assert sorted(p.name for p in folder.iterdir()) == ["log.jsonl", "loss.png"]
-    background.close()
-    assert background.process is None
+    write_log(folder, 90)
+    background.last()
+    assert background.drawn() and background.process is None and process.returncode == 0
+    assert path.read_bytes() != first
+    picture.draw(tmp_path / "want.png", *picture.read(folder / "log.jsonl"), title=folder.name)
+    assert path.read_bytes() == (tmp_path / "want.png").read_bytes()
 
 
 def test_a_run_draws_while_it_runs(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """loss.png is there before the end, and the end's picture is not replaced by an older one."""
-    drawn: list[Any] = []
-    monkeypatch.setattr(picture, "EVERY", 0.0)
-    path = Path(config.output) / "loss.png"
-    inner = picture.Background.refresh
-
-    def refresh(self: picture.Background) -> None:
-        inner(self)
-        if self.process is not None:
-            self.process.wait()
-            drawn.append(path.exists())
-
-    monkeypatch.setattr(picture.Background, "refresh", refresh)
-    monkeypatch.setattr("minitune.train.report.draw", lambda path, *_: path.write_bytes(b"the last"))
+    """loss.png is drawn by the process, at the end too; where that fails, by the run itself."""
+    for name in ("AFTER", "EVERY"):
+        monkeypatch.setattr(picture, name, 0.0)
+    monkeypatch.setattr("minitune.train.report.draw", lambda path, *_: path.write_bytes(b"by the run"))
     train(with_(config, logging_steps=6), quiet=True)
-    assert drawn == [True, True] and path.read_bytes() == b"the last"
+    path = Path(config.output) / "loss.png"
+    assert path.read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(picture, "__file__", "/no/such/file.py")
+    train(with_(config, logging_steps=6, output=f"{config.output}-2"), quiet=True)
+    assert Path(f"{config.output}-2/loss.png").read_bytes() == b"by the run"
 
 
 def test_a_drawing_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    background = picture.Background(tmp_path, "x")
-    background.process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    """At the run's end and where the run is stopped: a process that would draw later is gone, and its half file too."""
     inner = subprocess.Popen.wait
     monkeypatch.setattr(subprocess.Popen, "wait", lambda self, timeout=None: inner(self, timeout and 0.05))
-    (tmp_path / ".loss.png.123.part").write_bytes(b"half")
-    background.close()
-    assert background.process is None and list(tmp_path.iterdir()) == []
+    for end in (picture.Background.drawn, picture.Background.close):
+        background = picture.Background(tmp_path, "x")
+        background.process = process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        (tmp_path / ".loss.png.123.part").write_bytes(b"half")
+        background.last()
+        assert not end(background)
+        assert background.process is None and process.poll() is not None and list(tmp_path.iterdir()) == []
 
 
 def test_titles_are_drawn_or_left_out(tmp_path: Path) -> None:

@@ -1,0 +1,129 @@
+"""What begins before its turn: the card and slow imports beside torch's import, the base weights beside the data."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import sys
+import threading
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from minitune.config import TrainConfig
+    from minitune.model.decoder import Decoder
+
+# Reads some two thousand files while it is imported, which other threads need not wait for.
+SLOW = "transformers.tokenization_utils_tokenizers"
+PATIENCE = 10.0  # seconds for an action that can't be broken off: CUDA's start, a read from a slow disk
+
+
+_importing: list[threading.Thread] = []
+
+
+def import_slow() -> None:
+    """Imports in a thread what the tokenizer will want. A fault shows where the module is asked for again."""
+
+    def run() -> None:
+        with suppress(Exception):
+            importlib.import_module(SLOW)
+
+    _importing.append(threading.Thread(target=run, name="imports", daemon=True))
+    _importing[-1].start()
+
+
+def imported() -> None:
+    """Waits for `import_slow`, where it was called: a package that replaces itself while it is imported, as
+    transformers does, must not be asked for by a second thread meanwhile."""
+    while _importing:
+        _importing[-1].join()
+        _importing.pop()
+
+
+def wake(device: str) -> None:
+    """Begins CUDA's start (its driver, the card's context: a second or more) in a thread: torch, whose import takes
+    longer, will find and use the same context. `device` as in the settings; what can't be done is left to torch."""
+
+    def run() -> None:
+        with suppress(Exception):
+            cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+            number, context = ctypes.c_int(), ctypes.c_void_p()
+            _ = (
+                cuda.cuInit(0)
+                or cuda.cuDeviceGet(ctypes.byref(number), int(device.partition(":")[2] or 0))
+                or cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), number)
+            )
+
+    if device == "auto" or device.startswith("cuda"):
+        os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")  # as torch does before it starts CUDA
+        threading.Thread(target=run, name="card", daemon=True).start()
+
+
+class Loading:
+    """The base weights, read by a thread. A context manager: leaving it tells the thread to stop, and waits for that.
+
+    The card is taken into use there too (its context, its first memory), which takes a second by itself.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device):
+        self.config, self.device = config, device
+        self._stop, self._done = threading.Event(), threading.Event()
+        self._thread: threading.Thread | None = None
+        self._decoder: Decoder | None = None
+        self._error: BaseException | None = None
+
+    def begin(self, base: Path) -> None:
+        """Checks the names and shapes in `base` now (UserError), and reads from now on."""
+        from minitune.checkpoint.shards import Shards
+        from minitune.checkpoint.weights import skeleton
+
+        shards = Shards(base)
+        self._thread = threading.Thread(target=self._run, args=(shards, skeleton(shards)), name="weights", daemon=True)
+        self._thread.start()
+
+    def _run(self, shards: Any, empty: Decoder) -> None:
+        try:
+            self._decoder = self._load(shards, empty)
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._done.set()
+
+    def _load(self, shards: Any, empty: Decoder) -> Decoder:
+        import torch
+
+        from minitune.checkpoint.weights import filled
+        from minitune.train import fast
+        from minitune.train.prepare import lora_of, training_dtype
+
+        if self.device.type == "cuda" and self.device.index is not None:
+            torch.cuda.set_device(self.device)  # a thread has a current card of its own
+        strips = None
+        if self.config.method != "full" and not fast.why_not_on(self.device):
+            strips = partial(fast.strips_of, lora=lora_of(self.config))
+        kind = str(training_dtype(self.config, self.device)).removeprefix("torch.")
+        with shards:
+            return filled(shards, empty, kind, str(self.device), strips, self._stop.is_set)
+
+    def result(self) -> Decoder:
+        """Waits for the weights; raises what went wrong with them."""
+        assert self._thread is not None
+        self._done.wait()  # not join: a Ctrl-C in that would take the thread for ended (Python 3.11)
+        if self._error is not None:
+            raise self._error
+        assert self._decoder is not None
+        return self._decoder
+
+    def __enter__(self) -> Loading:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._done.wait(PATIENCE)
+        self._decoder = None
