@@ -110,6 +110,7 @@ def our_side(arguments: argparse.Namespace, side: str) -> dict[str, Any]:
     from minitune.train.prepare import equip, make_loader
 
     began = time.perf_counter()
+    fast.settle_memory(sparing=side == "recomputed")
     by_hand = side in ("fused", "recomputed")
     decoder = our_decoder(arguments, by_hand)
     config = TrainConfig(

@@ -1,4 +1,5 @@
-"""What begins before its turn: the card and slow imports beside torch's import, the base weights beside the data."""
+"""What begins before its turn: the card and slow imports beside torch's import; the base weights and the kernels beside
+the data."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from minitune.config import TrainConfig
-    from minitune.model.decoder import Decoder
+    from minitune.model.decoder import Decoder, DecoderConfig
 
 # Reads some two thousand files while it is imported, which other threads need not wait for.
 SLOW = "transformers.tokenization_utils_tokenizers"
@@ -65,14 +66,15 @@ def wake(device: str) -> None:
 
 
 class Loading:
-    """The base weights, read by a thread. A context manager: leaving it tells the thread to stop, and waits for that.
+    """The base weights, read by a thread, and the kernels, compiled by others. A context manager: leaving it tells the
+    reading thread to stop, and waits for that.
 
     The card is taken into use there too (its context, its first memory), which takes a second by itself.
     """
 
     def __init__(self, config: TrainConfig, device: torch.device):
         self.config, self.device = config, device
-        self._stop, self._done = threading.Event(), threading.Event()
+        self._stop, self._done, self._compiled = (threading.Event() for _ in range(3))
         self._thread: threading.Thread | None = None
         self._decoder: Decoder | None = None
         self._error: BaseException | None = None
@@ -83,8 +85,25 @@ class Loading:
         from minitune.checkpoint.weights import skeleton
 
         shards = Shards(base)
-        self._thread = threading.Thread(target=self._run, args=(shards, skeleton(shards)), name="weights", daemon=True)
+        empty = skeleton(shards)
+        self._thread = threading.Thread(target=self._run, args=(shards, empty), name="weights", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._compile, args=(empty.config,), name="kernels", daemon=True).start()
+
+    def _compile(self, shape: DecoderConfig) -> None:
+        from minitune.train import fast
+        from minitune.train.prepare import lora_of, training_dtype
+
+        # What goes wrong here shows where the kernel is launched, and compiled if need be.
+        with suppress(Exception):
+            if self.config.method != "full":
+                lora, kind = lora_of(self.config), training_dtype(self.config, self.device)
+                fast.compile_early(self.config, shape, kind, lora, self.device)
+        self._compiled.set()
+
+    def compiled(self) -> None:
+        """Waits for the kernels."""
+        self._compiled.wait()
 
     def _run(self, shards: Any, empty: Decoder) -> None:
         try:

@@ -6,6 +6,7 @@ the CPU nothing of this happens.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -13,10 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from minitune.config import TrainConfig
 from minitune.data.loader import Loader, StepBatch
 from minitune.model import fused
 from minitune.model.attention import choose_kernel
-from minitune.model.decoder import Decoder
+from minitune.model.decoder import Decoder, DecoderConfig
 from minitune.model.fused_ops import Slot
 from minitune.model.lora import LoraConfig
 from minitune.model.quantized import Int4Linear
@@ -54,6 +56,29 @@ def strips_of(decoder: Decoder, lora: LoraConfig) -> dict[str, int]:
         if width := fused.strip_width(lora.r * len(targeted.pop())):
             strips[kind] = width
     return strips
+
+
+def settle_memory(sparing: bool = False) -> None:
+    """What torch reads from the environment when it first uses a card, unless a person has set it: segments that grow
+    leave no holes between what a warm-up and a capture want; sparing: matrix workspaces of 8 MiB instead of 32."""
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if sparing:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
+
+
+def compile_early(
+    config: TrainConfig, shape: DecoderConfig, dtype: torch.dtype, lora: LoraConfig, device: torch.device
+) -> None:
+    """Compiles what a run will most likely launch: its steps' rows are short, its layers are not recomputed unless that
+    is asked for."""
+    if why_not_on(device):
+        return
+    from minitune.model.fused_compile import compile_kernels
+
+    documents = config.rows_per_step + 1  # the padding is one more
+    with torch.cuda.device(device):
+        compile_kernels(shape, dtype, lora, documents, keep=config.gradient_checkpointing != "true")
 
 
 def one_pack_steps(loader: Loader, per_epoch: Sequence[int], total: int) -> NDArray[np.int64]:
@@ -94,7 +119,8 @@ def quicken(
         what = f"every parameter learns, and {several:,} steps are several packs, which would take the memory twice"
         return step, f"plain step: {what}; raise --tokens_per_pack to have it captured"
     sizes = [(t, d, s) for t, d, s in plan[:, 2:].tolist()]
-    capacities = graph.capacities(sizes)
+    body = sum(linear.in_features * linear.parts[-1][2] for linear in decoder.linears())
+    capacities = graph.capacities(sizes, position=decoder.head_weight.numel() / body)
     samples = []
     for capacity in capacities:
         fits = (plan[:, 2] <= capacity.tokens) & (plan[:, 4] <= capacity.positions)
@@ -111,11 +137,10 @@ def quicken(
 
 def _said(sizes: Sequence[tuple[int, int, int]], capacities: Sequence[graph.Capacity], several: int) -> str:
     """The capacities, and the padding that they cost over all steps of one pack."""
-    edges = np.array([c.tokens for c in capacities][::-1])
-    tokens = np.array([t for t, _, _ in sizes])
-    padding = edges[np.searchsorted(edges, tokens)].sum() / tokens.sum() - 1
+    used = [min(c.tokens for c in capacities if c.tokens >= t and c.positions >= p) for t, _, p in sizes]
+    padding = sum(used) / sum(t for t, _, _ in sizes) - 1
     noun = "capacity" if len(capacities) == 1 else "capacities"
-    line = f"{len(capacities)} {noun} up to {edges[-1]:,} tokens, {100 * padding:.0f} % padding"
+    line = f"{len(capacities)} {noun} up to {capacities[0].tokens:,} tokens, {100 * padding:.0f} % padding"
     return f"{line}; {several:,} steps of several packs run plain" if several else line
 
 

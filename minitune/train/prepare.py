@@ -93,7 +93,6 @@ def training_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
 
 def build(config: TrainConfig, ready: Prepared, decoder: Decoder) -> tuple[Decoder, AdamW, TrainStep]:
     """The decoder of the base weights with what learns, its optimizer, and the step."""
-    lora = None if config.method == "full" else lora_of(config)
     decoder.train()
     highest = max(ready.learn.highest, ready.held_out.highest)
     if highest >= decoder.config.vocab_size:
@@ -115,6 +114,7 @@ def equip(config: TrainConfig, decoder: Decoder, rows: EncodedRows) -> tuple[Ada
             raise UserError(str(error)) from None
     matrices: list[torch.Size] = []
     recompute = wants_recompute(config, decoder, rows)
+    fast.settle_memory(sparing=recompute)
     if not fast.why_plain(decoder):
         matrices = [p.shape for p in parameters]
         decoder.stack = FusedStack(decoder, keep=not recompute)

@@ -47,6 +47,7 @@ def train(config: TrainConfig, quiet: bool = False, answer: Answer | None = None
     check_settings(config)
     output = Path(config.output)
     checkpoint = check_output(output, config)
+    fast.settle_memory()
     device = choose_device(config.device)
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # kernels and captures take the current one
@@ -77,6 +78,7 @@ def train(config: TrainConfig, quiet: bool = False, answer: Answer | None = None
                 report.say(line)
             if device.type == "cuda" and run.done < total:
                 clock.begin("capture")
+                loading.compiled()
                 run.step, line = fast.quicken(step, loader, per_epoch, total)
                 report.say(line)
             clock.begin("steps")
