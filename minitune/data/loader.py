@@ -129,6 +129,8 @@ class Loader:
             if self.tokens_per_step:
                 steps = packing.steps_of_tokens(order, self.lengths, self.tokens_per_step)
             else:
+                if self.shuffle:
+                    order = packing.level(order, self.lengths, self.rows_per_step)
                 steps = packing.steps_of_rows(order, self.rows_per_step)
             self._epoch = (epoch, steps)
         return self._epoch[1]

@@ -120,13 +120,17 @@ def test_the_contract_names_what_moved() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize(("dtype", "close", "near"), [(torch.float32, 1e-4, 4e-4), (torch.bfloat16, 3e-2, 0.6)])
-def test_captured_steps_are_plain_steps(dtype: torch.dtype, close: float, near: float, keep: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_captured_steps_are_plain_steps(dtype: torch.dtype, keep: bool) -> None:
     """20 steps with changing inputs, rates and capacities, dropout on: losses, norms and what was learned agree.
 
-    float32 shows that the computation is the same. In bfloat16 this random model's gradient is mostly rounding: plain
-    steps in it part from float32's by 40 % in the norm and 2 % in the loss, so there the norms must only be of one size
-    (that each gradient is no less exact than the plain one's is tests/model/test_fused.py's)."""
+    float32 is compared with the plain layers, tightly. In bfloat16 this random model's gradient is mostly rounding
+    (plain steps part from float32's by 40 % in the norm), so there the captured step is compared with the same layers
+    uncaptured, whose sums differ by the padding alone, and its loss with the plain layers' (that each gradient is no
+    less exact than the plain one's is tests/model/test_fused.py's)."""
+    half = dtype == torch.bfloat16
+    close, near = (3e-2, 5e-2) if half else (1e-4, 4e-4)
+    reference = fused_on("cuda", dtype, keep) if half else None
     plain, base = step_on("cuda", dtype), fused_on("cuda", dtype, keep)
     batches = [StepBatch([pack], len(pack.lengths)) for pack in packs(20)]
     sizes = [(b.tokens, len(b.packs[0].lengths), b.supervised) for b in batches]
@@ -137,10 +141,13 @@ def test_captured_steps_are_plain_steps(dtype: torch.dtype, close: float, near: 
     for i, batch in enumerate(batches):
         ours, want = captured(batch, 1e-3 / (i + 1)), plain(batch, 1e-3 / (i + 1))
         assert float(ours.loss) == pytest.approx(float(want.loss), rel=close)
+        if reference is not None:
+            want = reference(batch, 1e-3 / (i + 1))
+            assert float(ours.loss) == pytest.approx(float(want.loss), rel=1e-2)
         assert float(ours.grad_norm) == pytest.approx(float(want.grad_norm), rel=near)
         assert not float(ours.skipped)
     assert captured.plain_steps == 0
-    for a, b in zip(adapters(base), adapters(plain), strict=True):
+    for a, b in zip(adapters(base), adapters(reference or plain), strict=True):
         assert float((a - b).norm() / b.norm()) < close
     base.decoder.norm.weight.data = base.decoder.norm.weight.data.clone()
     with pytest.raises(RuntimeError, match="no longer holds"):
