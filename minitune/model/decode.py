@@ -29,7 +29,6 @@ from minitune.model.quantized import Int4Linear
 
 PDL = True  # on cards that have it (Hopper and later)
 PART = 4096  # scores a program looks at for the likeliest
-MOST = 64  # rows: a program of four-bit weights holds all of them
 
 
 class Tile(NamedTuple):
@@ -50,7 +49,9 @@ TILES = {
     "gate_up, 4 bits": Tile(2, 2),
     "down, 4 bits": Tile(2, 4),
     "several rows, 4 bits": Tile(32, 4),
+    "adapter's A": Tile(1, 4),
 }
+FEW = 132 * 32  # outputs up to which a tile of several rows is half as large, or a large card would be half idle
 
 
 class Split(NamedTuple):
@@ -100,6 +101,7 @@ class DecodeStep:
 
     def __init__(self, decoder: Decoder, cache: PagedCache, columns: Columns, rows: int, limit: int):
         self.decoder, self.cache, self.columns, self.rows = decoder, cache, columns, rows
+        self.layers: Any = decoder.layers
         config, device, dtype = decoder.config, decoder.device, decoder.dtype
         self.heads, self.kv_heads, self.head_dim = (
             config.num_attention_heads,
@@ -130,6 +132,8 @@ class DecodeStep:
         splits = max(_of(table, rows).splits for table in (ATTEND, ATTEND_LONG))
         self.part = made(rows, self.heads, splits, self.head_dim, kind=torch.float32)
         self.mass = made(rows, self.heads, splits, 2, kind=torch.float32)
+        widths = [linear.lora.A.shape[0] for linear in decoder.linears() if linear.lora is not None]
+        self.narrow = made(1, max(widths, default=1))
         self.angles = self.cos, self.sin
         if not decoder.rope.needs_length:
             cos, sin = decoder.rope(torch.arange(limit, device=device))
@@ -147,8 +151,8 @@ class DecodeStep:
         if choice is not None:
             choice.index_T = self.columns.adapter_S[self.slot_B]
         try:
-            if self.rows == 1 and choice is None:
-                self._one(long)
+            if self.rows == 1:
+                self._one(long, choice is not None)
             else:
                 self._several(long, choice is not None)
         finally:
@@ -181,16 +185,37 @@ class DecodeStep:
             self.cos.copy_(cos[:, 0])
             self.sin.copy_(sin[:, 0])
 
-    def _one(self, long: bool) -> None:
+    def _one(self, long: bool, adapters: bool) -> None:
         decoder, gain = self.decoder, self.decoder.config.residual_multiplier
-        for index, layer in enumerate(decoder.layers):
-            self._multiply("qkv", self.x, layer.attn.qkv, self.qkv, norm=layer.attn_norm)
+        for index, layer in enumerate(self.layers):
+            attn, mlp = layer.attn, layer.mlp
+            self._multiply("qkv", self.x, attn.qkv, self.qkv, norm=layer.attn_norm)
+            self._adapt(adapters, self.x, attn.qkv, self.qkv, norm=layer.attn_norm)
             self._attend(index, long)
-            self._multiply("o", self.y, layer.attn.o, self.x, gain=gain)
-            self._multiply("gate_up", self.x, layer.mlp.gate_up, self.act, norm=layer.mlp_norm, silu=True)
-            self._multiply("down", self.act, layer.mlp.down, self.x, gain=gain)
+            self._multiply("o", self.y, attn.o, self.x, gain=gain)
+            self._adapt(adapters, self.y, attn.o, self.x, gain)
+            if adapters and mlp.gate_up.lora is not None:
+                self._multiply("gate_up", self.x, mlp.gate_up, self.gate_up, norm=layer.mlp_norm)
+                self._adapt(adapters, self.x, mlp.gate_up, self.gate_up, norm=layer.mlp_norm)
+                self._silu_mul()
+            else:
+                self._multiply("gate_up", self.x, mlp.gate_up, self.act, norm=layer.mlp_norm, silu=True)
+            self._multiply("down", self.act, mlp.down, self.x, gain=gain)
+            self._adapt(adapters, self.act, mlp.down, self.x, gain)
         scaling, size = 1 / decoder.config.logits_scaling, decoder.config.vocab_size
         self._gemv("head", self.x, decoder.head_weight, self.logits[:, :size], scaling, decoder.norm, False, False)
+
+    def _adapt(self, adapters: bool, x: Tensor, linear: Linear, y: Tensor, gain: float = 1.0, norm: Any = None) -> None:
+        """y += gain · B A x of one row's adapter; of norm(x) where there is one."""
+        stacked: Any = linear.lora
+        if not adapters or stacked is None:
+            return
+        columns = stacked.owner_C.shape[0]
+        self._gemv("adapter's A", x, stacked.A, self.narrow[:, :columns], 1.0, norm, False, False)
+        dk._lora_out[(-(-y.shape[1] // 64),)](
+            self.narrow, stacked.B, stacked.owner_C, stacked.scale_C, self.slot_B, self.columns.adapter_S, y,
+            y.shape[1], gain, C=columns, BC=next_power_of_2(columns), BN=64, PDL=self.pdl, num_warps=4, **self._more,
+        )  # fmt: skip
 
     def _multiply(
         self, name: str, x: Tensor, linear: Linear, y: Tensor, gain: float = 1.0, norm: Any = None, silu: bool = False
@@ -241,17 +266,14 @@ class DecodeStep:
     def _several(self, long: bool, adapters: bool) -> None:
         decoder = self.decoder
         back = None
-        for index, layer in enumerate(decoder.layers):
+        for index, layer in enumerate(self.layers):
             self._norm(back, layer.attn_norm)
             self._product(layer.attn.qkv, self.n, self.qkv, adapters)
             self._attend(index, long)
             self._product(layer.attn.o, self.y, self.back, adapters)
             self._norm(self.back, layer.mlp_norm)
             self._product(layer.mlp.gate_up, self.n, self.gate_up, adapters)
-            width = self.act.shape[1]
-            fused_kernels._silu_mul[(self.rows, -(-width // 1024))](
-                self.gate_up, self.act, self.rows, F=width, R=0, B=1024, num_warps=4
-            )
+            self._silu_mul()
             self._product(layer.mlp.down, self.act, self.back, adapters)
             back = self.back
         self._norm(back, decoder.norm)
@@ -267,13 +289,20 @@ class DecodeStep:
             self.n, self.rstd, norm.eps, H=hidden, R=0, SUM=back is not None, BH=next_power_of_2(hidden), num_warps=4,
         )  # fmt: skip
 
+    def _silu_mul(self) -> None:
+        width = self.act.shape[1]
+        fused_kernels._silu_mul[(self.rows, -(-width // 1024))](
+            self.gate_up, self.act, self.rows, F=width, R=0, B=1024, num_warps=4
+        )
+
     def _product(self, linear: Linear, x: Tensor, y: Tensor, adapters: bool) -> None:
         """y = x wᵀ, with each row's adapter."""
         if isinstance(linear, Int4Linear):
             tile, (outputs, groups) = TILES["several rows, 4 bits"], linear.weight_scale.shape
-            dk._gemm4[(-(-outputs // tile.rows),)](
+            some = tile.rows if outputs > FEW else max(16, tile.rows // 2)
+            dk._gemm4[(-(-outputs // some),)](
                 x, linear.weight_packed.view(torch.uint8), linear.weight_scale, y, self.rows, outputs,
-                X=x.shape[1], GROUP=x.shape[1] // groups, BM=max(16, self.rows), BN=tile.rows,
+                X=x.shape[1], GROUP=x.shape[1] // groups, BM=max(16, self.rows), BN=some,
                 PDL=self.pdl, num_warps=tile.warps, num_stages=3, **self._more,
             )  # fmt: skip
         else:

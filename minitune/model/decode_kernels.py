@@ -1,3 +1,4 @@
+# mypy: disable-error-code="assignment"
 """Triton kernels of a decode step: one new token of each of a few sequences (`model.decode` launches them).
 
 At one row every multiplication reads a weight once and is bound by memory, so that what counts is bytes under way: a
@@ -172,6 +173,41 @@ if AVAILABLE:
             y_up = tl.sum(tl.sum(sums[r + BN], 1), 0) * 16.0 if SILU else 0.0
             n = tl.program_id(0) * BN + r
             _finish(y, y_up, total, y_ptr, n, outputs, eps, gain, X, NORM, ADD, SILU)
+
+    @triton.jit
+    def _lora_out(
+        h_ptr, b_ptr, owner_ptr, scale_ptr, slot_ptr, adapter_ptr, y_ptr, outputs, gain,
+        C: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
+    ):  # fmt: skip
+        """y [O] += gain · B h of one row's adapter: B [O, C]; h [C] what all adapters' A gave, owner [C] whose."""
+        n = tl.program_id(0) * BN + tl.arange(0, BN)
+        c = tl.arange(0, BC)
+        there = (n < outputs)[:, None] & (c < C)[None, :]
+        b = tl.load(b_ptr + n[:, None].to(tl.int64) * C + c[None, :], mask=there, other=0.0)
+        own = tl.load(owner_ptr + c, mask=c < C, other=-2) == tl.load(adapter_ptr + tl.load(slot_ptr))
+        scale = tl.load(scale_ptr + c, mask=c < C, other=0.0)
+        _after_predecessor(PDL)
+        h = tl.load(h_ptr + c, mask=c < C, other=0.0).to(tl.float32) * scale
+        h = tl.where(own, h, 0.0)  # not a product with 0: another adapter's value may be infinite in float16
+        y = tl.sum(b.to(tl.float32) * h[None, :], 1) * gain
+        y += tl.load(y_ptr + n, mask=n < outputs, other=0.0).to(tl.float32)
+        tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=n < outputs)
+
+    @triton.jit
+    def _dequantize(
+        w_ptr, s_ptr, out_ptr, numbers, GROUP: tl.constexpr, BG: tl.constexpr
+    ):  # fmt: skip
+        """out [numbers] = (q - 8) · scale, BG groups a program; a byte's two numbers lie side by side."""
+        group = tl.program_id(0).to(tl.int64) * BG + tl.arange(0, BG)
+        ok = (group * GROUP < numbers)[:, None]
+        at = group[:, None] * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]
+        byte = tl.load(w_ptr + at, mask=ok, other=0).to(tl.int32)
+        scale = tl.load(s_ptr + group, mask=group * GROUP < numbers, other=0.0).to(tl.float32)[:, None]
+        low = ((byte & 15) - 8).to(tl.float32) * scale
+        high = ((byte >> 4) - 8).to(tl.float32) * scale
+        kind = out_ptr.dtype.element_ty
+        out = tl.reshape(tl.join(low.to(kind), high.to(kind)), (BG, GROUP))
+        tl.store(out_ptr + group[:, None] * GROUP + tl.arange(0, GROUP)[None, :], out, mask=ok)
 
     @triton.jit
     def _gemm4(

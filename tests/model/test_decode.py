@@ -15,12 +15,18 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install triton runs these in its interpreter)")
 
-from minitune.model import cache, decode  # noqa: E402
+from minitune.model import cache, decode, lora  # noqa: E402
 from minitune.model.cache import DecodeLayout, PagedCache  # noqa: E402
 from minitune.model.decode import Columns, DecodeStep, Split, Tile, why_not  # noqa: E402
 from minitune.model.decoder import Decoder, DecoderConfig  # noqa: E402
 from minitune.model.lora import Choice, LoraConfig, attach, detach, stack  # noqa: E402
-from minitune.model.quantized import Int4Linear, quantize, quantize_linears  # noqa: E402
+from minitune.model.quantized import (  # noqa: E402
+    Int4Linear,
+    dequantize,
+    quantize,
+    quantize_linears,
+    unpacked_by_kernel,
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = 8  # tokens a page here, so that short texts fill several
@@ -39,6 +45,10 @@ SHAPE = DecoderConfig(
     logits_scaling=2.0,
 )
 GQA = replace(SHAPE, num_attention_heads=6, num_key_value_heads=2, tie_word_embeddings=False)
+# Four bits are slow to interpret.
+TINY = replace(
+    SHAPE, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1
+)
 DYNAMIC = replace(SHAPE, max_position_embeddings=24, rope_scaling={"rope_type": "dynamic", "factor": 4.0})
 
 
@@ -46,10 +56,11 @@ DYNAMIC = replace(SHAPE, max_position_embeddings=24, rope_scaling={"rope_type": 
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages and blocks so small that every loop turns more than once."""
     monkeypatch.setattr(cache, "PAGE", SMALL)
+    monkeypatch.setattr(lora, "packable", lambda device, dtype: False)  # what oneDNN packs, no kernel reads
     monkeypatch.setattr(decode, "PART", 32)
     monkeypatch.setattr(decode, "ATTEND", {1: Split(16, 1, 4), 3: Split(8, 1, 4)})
     monkeypatch.setattr(decode, "ATTEND_LONG", {1: Split(16, 4, 4), 3: Split(8, 2, 4)})
-    tiles = {name: Tile(min(tile.rows, 2) if "4 bits" in name else 64, 1) for name, tile in decode.TILES.items()}
+    tiles = {name: Tile(8 if "4 bits" in name else 64, 1) for name in decode.TILES}
     tiles["several rows, 4 bits"] = Tile(64, 1)
     monkeypatch.setattr(decode, "TILES", tiles)
 
@@ -130,13 +141,15 @@ def far(got: Tensor, want: Tensor) -> float:
 
 
 @torch.no_grad()
-def compare(decoder: Decoder, lengths: list[int], rows: int, long: bool, within: float, adapters: bool = False) -> None:
-    """Three steps of both: scores, what the cache holds, tokens, positions."""
+def compare(
+    decoder: Decoder, lengths: list[int], rows: int, long: bool, within: float, adapters: bool = False, steps: int = 3
+) -> None:
+    """Some steps of both: scores, what the cache holds, tokens, positions."""
     choice = adapters_on(decoder) if adapters else None
     want, got = Held(decoder, lengths), Held(decoder, lengths)
     step = DecodeStep(decoder, got.cache, got.columns, rows, LIMIT)
     step.slot_B[: len(lengths)] = torch.tensor(got.places, device=DEVICE)
-    for _ in range(3):
+    for _ in range(steps):
         expected = want.plain(decoder, choice)
         step.run(long, choice)
         step.take_best()
@@ -174,14 +187,40 @@ def test_in_bfloat16(lengths: list[int], rows: int, group: int) -> None:
 @pytest.mark.parametrize("lengths, rows", [([37], 1), ([5, 61, 0], 4)])
 @pytest.mark.parametrize("dtype, within", [(torch.float32, 3e-6), (torch.float16, 4e-3)])
 def test_four_bit_weights(lengths: list[int], rows: int, dtype: torch.dtype, within: float) -> None:
-    compare(decoder_of(SHAPE, dtype, group=32), lengths, rows, False, within)
+    compare(decoder_of(TINY, dtype, group=32), lengths, rows, False, within, steps=1)
 
 
-@pytest.mark.parametrize("lengths, rows", [([37], 1), ([5, 61, 0], 4)])
+@pytest.mark.parametrize("lengths, rows", [([37], 1), ([2, 3, 37, 5], 1), ([5, 61, 0], 4)])
 @pytest.mark.parametrize("group", [0, 32])
 def test_adapters_by_row(lengths: list[int], rows: int, group: int) -> None:
-    """None, one and another adapter side by side."""
-    compare(decoder_of(SHAPE, group=group), lengths, rows, False, 3e-6, adapters=True)
+    """None, one and another adapter, side by side and (slots 0, 1, 2 of four texts) alone."""
+    if len(lengths) <= rows:
+        compare(decoder_of(TINY, group=group), lengths, rows, False, 3e-6, adapters=True, steps=2)
+        return
+    decoder = decoder_of(TINY, group=group)
+    choice = adapters_on(decoder)
+    want, got = Held(decoder, lengths), Held(decoder, lengths)
+    with torch.no_grad():
+        expected = want.plain(decoder, choice)
+        step = DecodeStep(decoder, got.cache, got.columns, 1, LIMIT)
+        seen = set()
+        for row, slot in enumerate(got.places):
+            step.slot_B.fill_(slot)
+            step.run(False, choice)
+            assert far(step.scores, expected[row : row + 1]) < 3e-6
+            seen.add(int(got.columns.adapter_S[slot]))
+    assert seen == {-1, 0, 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_weights_are_formed_as_the_plain_twin_forms_them(dtype: torch.dtype) -> None:
+    """Bit for bit, groups of 32 and 128, of a number that no program's share divides."""
+    generator = torch.Generator().manual_seed(2)
+    for rows, columns, group in ((7, 160, 32), (3, 384, 128)):
+        packed = torch.randint(-(2**31), 2**31, (rows, columns // 8), generator=generator).to(torch.int32)
+        scale = torch.randn(rows, columns // group, generator=generator).to(dtype)
+        expected = dequantize(packed, scale)
+        assert torch.equal(unpacked_by_kernel(packed.to(DEVICE), scale.to(DEVICE), dtype).cpu(), expected)
 
 
 def test_adapters_that_no_row_uses_change_nothing() -> None:
