@@ -111,7 +111,7 @@ def answers(decoder: Decoder, name: str) -> None:
     torch.cuda.synchronize()
     print(f"{name}: plain {engine.plainly or 'no'}; all graphs recorded in {time.perf_counter() - start:.1f} s")
     print(f"{name}: {slow:.0f} tok/s while being recorded")
-    rows = [(1, 32, 224), (4, 128, 128), (16, 128, 128), (64, 128, 128)]
+    rows = [(1, 32, 224), (4, 128, 128), (16, 128, 128), (64, 128, 128), (64, 64, 128)]
     for count, length, tokens in rows:
         rate(engine, requests(count, length, 16, first=2000))
         best = max(rate(engine, requests(count, length, tokens, first=3000 + 100 * turn)) for turn in range(3))
