@@ -9,6 +9,7 @@ padded with rows of the idle slot; what is not recorded yet runs plainly.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
@@ -64,7 +65,8 @@ class Captured:
     """The graphs of some slots' decode steps. `prepare` records them; `start` and `next` are steps."""
 
     def __init__(self, slots: Slots, limit: int):
-        self.slots, self.limit = slots, limit
+        self.limit = limit
+        self.slots: Slots = weakref.proxy(slots)  # in a circle, a card's memory would wait for the garbage collector
         self.cuda = slots.decoder.device.type == "cuda"
         most = slots.token_S.shape[0] - 1
         self.sizes = [size for size in SIZES if size < 2 * most]
@@ -215,8 +217,10 @@ class Captured:
         if key.kinds == {"greedy"} and not key.penalised:
             return step.take_best
 
+        slots = self.slots
+
         def drawn() -> None:
-            _, told = self.slots.draw_rows(step.scores.float(), step.slot_B, key.kinds, key.penalised)
+            _, told = slots.draw_rows(step.scores.float(), step.slot_B, key.kinds, key.penalised)
             step.told.copy_(told)
 
         return drawn

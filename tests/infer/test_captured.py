@@ -6,7 +6,9 @@ There is no graph off a card: the recorded work is called. Most tests put a plai
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -240,6 +242,22 @@ def test_what_moved_since_is_noticed(tiny: Decoder, tokenizer: PreTrainedTokeniz
     engine._slots.cache.keys = engine._slots.cache.keys.clone()
     with pytest.raises(RuntimeError, match="the captured step no longer holds: keys was"):
         answer(engine, ask([5, 9], 5), ask([7], 5))
+
+
+def test_memory_is_free_as_soon_as_the_engine_is_gone(
+    tiny: Decoder, tokenizer: PreTrainedTokenizerBase, twin: None
+) -> None:
+    """Another engine's cache is chosen from what is free: nothing may wait for the garbage collector."""
+    engine = ready(Engine(tiny, tokenizer, slots=2))
+    answer(engine, ask([5, 9, 77], 5), ask([4], 9, temperature=1.0))
+    held = weakref.ref(engine._slots.cache)
+    gc.collect()
+    gc.disable()
+    try:
+        del engine
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_it_is_said_why_decoding_is_plain(plain: Engine) -> None:
