@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from minitune.infer.engine import Engine
+from minitune.infer.engine import Engine, answer_all
 from minitune.infer.request import Handle, Request
 from minitune.infer.sampling import Sampling
 from minitune.model import decode
@@ -86,6 +86,20 @@ def rate(engine: Engine, asked: list[Request]) -> float:
     return (sum(len(handle.ids) for handle in handles) - before) / (time.perf_counter() - start)
 
 
+def same(engine: Engine, asked: list[Request]) -> str:
+    """How many tokens of each answer are the plain engine's, up to the first that is not."""
+    found = []
+    captured, engine._slots.captured = engine._slots.captured, None
+    for now in (None, captured):
+        engine._slots.captured = now
+        found.append([handle.ids for handle in answer_all(engine, asked)])
+    equal = [
+        next((at for at, (a, b) in enumerate(zip(*p, strict=True)) if a != b), len(p[0]))
+        for p in zip(*found, strict=True)
+    ]
+    return f"{equal} of {len(found[0][0])}"
+
+
 def first_token(engine: Engine) -> list[float]:
     """Milliseconds, of prompts that share nothing."""
     found = []
@@ -111,6 +125,8 @@ def answers(decoder: Decoder, name: str) -> None:
     torch.cuda.synchronize()
     print(f"{name}: plain {engine.plainly or 'no'}; all graphs recorded in {time.perf_counter() - start:.1f} s")
     print(f"{name}: {slow:.0f} tok/s while being recorded")
+    print(f"{name}: tokens equal to the plain engine's: {same(engine, requests(1, 32, 48, first=800))} alone, "
+          f"{same(engine, requests(6, 40, 48, first=820))} together", flush=True)  # fmt: skip
     rows = [(1, 32, 224), (4, 128, 128), (16, 128, 128), (64, 128, 128), (64, 64, 128)]
     for count, length, tokens in rows:
         rate(engine, requests(count, length, 16, first=2000))
@@ -349,9 +365,8 @@ def main() -> None:
     decode.PDL = not arguments.no_pdl
     print(torch.cuda.get_device_name(), "torch", torch.__version__, flush=True)
     parts, tuned = arguments.parts.split(","), arguments.tune.split(",")
-    for name in ("bf16", "int4"):
-        if name not in parts and name not in tuned:
-            continue
+    both = ("bf16", "int4")
+    for name in [n for n in both if n in parts or n in tuned] or [n for n in both if set(parts) != {"transformers"}]:
         decoder = decoder_of(name == "int4")
         if "check" in parts:
             attempt(f"check {name}", lambda d=decoder, n=name: check(d, n))
