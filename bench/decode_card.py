@@ -231,8 +231,9 @@ def launches(step: DecodeStep) -> Iterator[tuple[str, Callable[[], object], int,
 @torch.inference_mode()
 def profile(decoder: Decoder, name: str) -> None:
     """Each kernel of a step by itself in a graph of its forty launches; the step with and without overlap (PDL)."""
+    kept = decode.PDL
     for rows in (1, 4, 16, 64):
-        for pdl in (True, False):
+        for pdl in (True, False)[not kept :]:
             decode.PDL = pdl
             cache, columns = held(decoder, rows, 190)
             step = DecodeStep(decoder, cache, columns, rows, 4096)
@@ -249,7 +250,7 @@ def profile(decoder: Decoder, name: str) -> None:
                 for kind, call, count, size in launches(step):
                     us = microseconds(call, count)
                     print(f"   {kind:16s} {us:6.1f} us  {size / us / 1e3:6.0f} GB/s", flush=True)
-        decode.PDL = True
+        decode.PDL = kept
         if rows > 1:
             table_of(step)
             continue
