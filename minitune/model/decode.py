@@ -182,8 +182,8 @@ class DecodeStep:
         if not table:
             length_B = torch.maximum(columns.prompt_S[self.slot_B], self.at_B + 1)
             cos, sin = decoder.rope(self.at_B, length_B)
-            self.cos.copy_(cos[:, 0])
-            self.sin.copy_(sin[:, 0])
+            _put(cos[:, 0], self.cos)
+            _put(sin[:, 0], self.sin)
 
     def _one(self, long: bool, adapters: bool) -> None:
         decoder, gain = self.decoder, self.decoder.config.residual_multiplier
@@ -309,8 +309,13 @@ class DecodeStep:
             torch.mm(x, linear.weight.t(), out=y)
         if adapters and linear.lora is not None:
             stacked: Callable[[Tensor, Tensor], Tensor] = linear.lora  # type: ignore[assignment]
-            y.copy_(stacked(x, y))
+            _put(stacked(x, y), y)
 
 
 def _of(table: dict[int, Split], rows: int) -> Split:
     return table[max(least for least in table if least <= rows)]
+
+
+def _put(value: Tensor, out: Tensor) -> None:
+    """A copy by a kernel: in a recorded graph, what is to start early has to follow a kernel, not a memory copy."""
+    torch.mul(value, 1, out=out)
