@@ -13,7 +13,6 @@ import secrets
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +22,7 @@ from minitune.config import UserError
 from minitune.infer.answer import advance
 from minitune.infer.capacity import choose
 from minitune.infer.pages import PagePool
-from minitune.infer.request import Handle, Piece, Request
+from minitune.infer.request import EngineStats, Handle, Piece, Request
 from minitune.infer.schedule import Scheduler, Sequence
 from minitune.infer.slots import Drawn, Slots
 from minitune.infer.text import AnswerText
@@ -36,24 +35,6 @@ if TYPE_CHECKING:
 
 # Tokens of a prompt that are read between two tokens of what runs, and of all prompts while nothing runs.
 CHUNK, IDLE_PACK = {"cpu": 128, "cuda": 1024}, {"cpu": 512, "cuda": 8192}
-
-
-@dataclass
-class EngineStats:
-    """Counts since the start, and how things stand; read from any thread."""
-
-    slots: int = 0
-    running: int = 0
-    waiting: int = 0
-    cache_tokens: int = 0  # room for
-    cache_tokens_used: int = 0  # held by requests that run
-    cache_tokens_kept: int = 0  # of finished requests, for a prompt that begins the same; given up when room is needed
-    requests: int = 0
-    prompt_tokens: int = 0
-    reused_tokens: int = 0  # of the prompts': found in the cache
-    generated_tokens: int = 0
-    cancelled: int = 0
-    preempted: int = 0
 
 
 class Engine:
@@ -178,6 +159,8 @@ class Engine:
 
     def _work(self) -> None:
         while True:
+            if not self._something_new and not self._closed and self._prepare():
+                continue
             with self._news:
                 self._news.wait_for(lambda: self._something_new or self._closed)
                 self._something_new = False
@@ -188,6 +171,16 @@ class Engine:
                     pass
             except Exception:  # what ran has been told; others are still to be served
                 traceback.print_exc()
+
+    def _prepare(self) -> bool:
+        """Records one more of the captured steps, while nobody waits; False: all are."""
+        with self._stepping, torch.inference_mode():
+            return self._slots.prepare(all_usual=True)
+
+    @property
+    def plainly(self) -> str:
+        """Why decode steps are not captured; "" where they are, or will be in a moment."""
+        return self._slots.plainly
 
     def _check(self, request: Request) -> None:
         count, vocabulary = len(request.prompt_ids), self.decoder.config.vocab_size
@@ -244,19 +237,27 @@ class Engine:
         self._advance(drawn)
 
     def _decode(self) -> None:
-        turned_out = self._schedule.grow()
-        self.stats.preempted += len(turned_out)
-        ready = [s for s in self._schedule.running if s.ready]
-        if not ready:
-            return
-        for sequence in ready:
-            if sequence.computed % PAGE == 0:
-                self._slots.write_pages(sequence)
+        """A token for each ready sequence: of a step that the device has been given already, or of one begun now."""
+        captured = self._slots.captured
+        ready: list[Sequence] = []
+        under_way = captured is not None and captured.under_way is not None and bool(captured.under_way.alive())
+        if not under_way:
+            self.stats.preempted += len(self._schedule.grow())
+            ready = [s for s in self._schedule.running if s.ready]
+            if not ready:
+                return
+            for sequence in ready:
+                if sequence.computed % PAGE == 0:
+                    self._slots.write_pages(sequence)
         with self._device():
-            drawn = self._slots.decode(ready)
-        for sequence in ready:
-            sequence.computed += 1
+            if captured is not None and (under_way or captured.start(ready)):
+                drawn = captured.next(self._schedule)
+            else:
+                drawn = self._slots.decode(ready)
+        for one in drawn:
+            one.sequence.computed += 1
         self._advance(drawn)
+        self._slots.prepare(all_usual=False)
 
     @contextlib.contextmanager
     def _device(self) -> Iterator[None]:
@@ -293,6 +294,8 @@ class Engine:
     def _abandon(self, error: BaseException) -> None:
         """Ends all that runs, after a step that was broken off; the cache is kept where its books are right."""
         running, failed = list(self._schedule.running), isinstance(error, Exception)
+        if self._slots.captured is not None:
+            self._slots.captured.under_way = None
         if not self._computing:
             self._pool = PagePool(self._pool.count, self._pool.size)
             self._schedule = Scheduler(self._pool, self.stats.slots, self._schedule.waiting)

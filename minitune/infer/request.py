@@ -116,3 +116,21 @@ class Handle:
         while self._pieces.empty() and not self._engine.started:
             self._engine.step()
         return self._pieces.get()
+
+
+@dataclass
+class EngineStats:
+    """Counts since the start, and how things stand; read from any thread."""
+
+    slots: int = 0
+    running: int = 0
+    waiting: int = 0
+    cache_tokens: int = 0  # room for
+    cache_tokens_used: int = 0  # held by requests that run
+    cache_tokens_kept: int = 0  # of finished requests, for a prompt that begins the same; given up when room is needed
+    requests: int = 0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0  # of the prompts': found in the cache
+    generated_tokens: int = 0
+    cancelled: int = 0
+    preempted: int = 0

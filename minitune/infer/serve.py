@@ -92,7 +92,10 @@ def main(
 def open_session(name: str, folders: dict[str, str], dtype: str, device: str, source: str, slots: int, tokens: int):
     from minitune.infer.session import open_model
 
-    return open_model(name, folders, dtype=dtype, device=device, source=source, slots=slots, cache_tokens=tokens)
+    session = open_model(name, folders, dtype=dtype, device=device, source=source, slots=slots, cache_tokens=tokens)
+    if session.engine.plainly and session.engine.decoder.device.type == "cuda":
+        note(f"answers come slower than they could: {session.engine.plainly}")
+    return session
 
 
 def models_of(model: str | None, adapters: Sequence[str]) -> tuple[str, dict[str, str]]:

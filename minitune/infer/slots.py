@@ -1,7 +1,7 @@
 """The device's side of the engine: what it holds for each running request, and the two computations over it.
 
-Everything a step needs lies in static tensors, a row a slot; `decode` reads and writes them by slot number and never
-waits for the device, so it could be captured (it is not yet). One fetch a computation brings the tokens to the host.
+Everything a step needs lies in static tensors, a row a slot; `decode` reads and writes them by slot number. On a card
+`captured` does the same by hand, recorded and replayed. One fetch a computation brings the tokens to the host.
 
 Legend: S slots + 1 (the last one idle), B rows, T tokens, H hidden, V vocabulary, P pages of a sequence.
 """
@@ -9,6 +9,7 @@ Legend: S slots + 1 (the last one idle), B rows, T tokens, H hidden, V vocabular
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor
 
 from minitune.config import UserError
+from minitune.infer.captured import Captured
 from minitune.infer.draw import Settings, draw, draw_one, key_of, kind_of
 from minitune.infer.request import TokenLogprob
 from minitune.infer.schedule import Sequence
 from minitune.model.cache import PAGE, DecodeLayout, PagedCache, Part, PrefillLayout
+from minitune.model.decode import Columns, why_not
 from minitune.model.decoder import Decoder, Layer
 from minitune.model.lora import Choice
 
@@ -31,6 +34,9 @@ class Drawn:
     sequence: Sequence
     token: int
     logprob: TokenLogprob | None
+
+
+CAPTURED = ("cuda",)  # devices whose decode steps are captured
 
 
 class Slots:
@@ -52,6 +58,21 @@ class Slots:
         self.table_SP = torch.zeros(rows, -(-limit // PAGE), dtype=torch.int64, device=device)
         self.seen_SV: Tensor | None = None  # which tokens a sequence holds; made when a penalty first asks for it
         self._batch: tuple[object, Tensor, list[tuple[Tensor | None, int]]] = ((), self.token_S[:0], [])
+        self.columns = Columns(self.token_S, self.position_S, self.prompt_S, self.adapter_S, self.table_SP)
+        self.plainly = why_not(decoder) if device.type in CAPTURED else "there is no card"
+        self.captured = None if self.plainly else Captured(self, limit)
+
+    def prepare(self, all_usual: bool) -> bool:
+        """Records a captured step, one that was asked for or any usual one; False: there is none to record."""
+        if self.captured is None:
+            return False
+        try:
+            return self.captured.prepare(all_usual)
+        except Exception as error:  # no memory, a compiler that fails: answers are given all the same
+            self.captured.drop()
+            self.captured, self.plainly = None, f"{type(error).__name__}: {error}"
+            warnings.warn(f"decoding stays plain, which is slow: {self.plainly}", stacklevel=2)
+            return False
 
     def place(self, sequence: Sequence) -> None:
         """Writes an admitted sequence's row, and copies the page that it takes over."""
@@ -72,12 +93,23 @@ class Slots:
         ):
             column[slot] = value
         self.write_pages(sequence)
-        if sampling.repetition_penalty != 1:
-            if self.seen_SV is None:
-                shape = (self.token_S.shape[0], self.decoder.config.vocab_size)
-                self.seen_SV = torch.zeros(shape, dtype=torch.bool, device=self.decoder.device)
-            self.seen_SV[slot] = False
-            self.seen_SV[slot, torch.tensor(sequence.ids, device=self.seen_SV.device)] = True
+        self._mark(sequence, sequence.ids)
+
+    def restore(self, sequence: Sequence) -> None:
+        """Sets a slot to what the host knows of its sequence, whatever the device has gone on to."""
+        self.token_S[sequence.slot] = sequence.ids[-1]
+        self.position_S[sequence.slot] = len(sequence.ids) - 1
+        self._mark(sequence, sequence.ids)
+
+    def _mark(self, sequence: Sequence, ids: list[int]) -> None:
+        """Which tokens the sequence holds, where a penalty asks for it."""
+        if sequence.request.sampling.repetition_penalty == 1:
+            return
+        if self.seen_SV is None:
+            shape = (self.token_S.shape[0], self.decoder.config.vocab_size)
+            self.seen_SV = torch.zeros(shape, dtype=torch.bool, device=self.decoder.device)
+        self.seen_SV[sequence.slot] = False
+        self.seen_SV[sequence.slot, torch.tensor(ids, device=self.seen_SV.device)] = True
 
     def write_pages(self, sequence: Sequence) -> None:
         """The row of the page table, after it grew."""
@@ -109,18 +141,22 @@ class Slots:
         done = [sequence for sequence, _ in ends]
         rows_B = torch.tensor([s.slot for s in done], device=device)
         self.position_S[rows_B] += 1
-        return self._draw(h_TH[torch.tensor([at for _, at in ends], device=device)], rows_B, done)
+        h_BH = h_TH[torch.tensor([at for _, at in ends], device=device)]
+        return self._draw(self.decoder.head(h_BH), rows_B, done)
 
     def decode(self, sequences: Items[Sequence]) -> list[Drawn]:
         """Runs the newest token of each ready sequence; the next one of each."""
         rows_B, groups = self._rows(sequences)
+        scores_BV = self.captured.scores(sequences) if self.captured is not None else None
+        if scores_BV is not None:
+            return self._draw(scores_BV, rows_B, sequences)
         self._choose(sequences, rows_B)
         position_B = self.position_S[rows_B]
         length_B = torch.maximum(self.prompt_S[rows_B], position_B + 1)
         layout = DecodeLayout(self.cache, self.table_SP[rows_B], position_B, length_B, groups)
         h_BH = self._hidden(self.token_S[rows_B], position_B, layout)
         self.position_S[rows_B] = position_B + 1
-        return self._draw(h_BH, rows_B, sequences)
+        return self._draw(self.decoder.head(h_BH), rows_B, sequences)
 
     def _rows(self, sequences: Items[Sequence]) -> tuple[Tensor, list[tuple[Tensor | None, int]]]:
         """The slots' numbers, and the groups of rows of like length; made anew only when they change."""
@@ -157,17 +193,22 @@ class Slots:
             if self.choice is not None:
                 self.choice.index_T = None
 
-    def _draw(self, h_BH: Tensor, rows_B: Tensor, sequences: Items[Sequence]) -> list[Drawn]:
-        """Scores, penalty, grammar, draw; the tokens go into the slots and, in one fetch, to the host."""
-        logits_BV = self.decoder.head(h_BH).float()
-        scores_BV = logits_BV
-        penalised = any(s.request.sampling.repetition_penalty != 1 for s in sequences)
+    def draw_rows(
+        self,
+        scores_BV: Tensor,
+        rows_B: Tensor,
+        kinds: frozenset[str],
+        penalised: bool,
+        allowed_BV: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(float32 scores after penalty and grammar, told [B, 3]: token, settled, scores finite) of the slots
+        `rows_B`; the tokens go into the slots. Nothing waits for the device."""
         if penalised and self.seen_SV is not None:
             penalty_B1 = self.penalty_S[rows_B][:, None]
             weaker_BV = torch.where(scores_BV < 0, scores_BV * penalty_B1, scores_BV / penalty_B1)
             scores_BV = torch.where(self.seen_SV[rows_B], weaker_BV, scores_BV)
-        if any(s.request.grammar is not None for s in sequences):
-            scores_BV = scores_BV.masked_fill(~self._allowed(sequences), -math.inf)
+        if allowed_BV is not None:
+            scores_BV = scores_BV.masked_fill(~allowed_BV, -math.inf)
         at = Settings(
             temperature=self.temperature_S[rows_B],
             top_p=self.top_p_S[rows_B],
@@ -176,14 +217,27 @@ class Slots:
             key=self.key_S[rows_B],
             position=self.position_S[rows_B],
         )
-        token_B, settled_B, best_B = draw(scores_BV, at, frozenset(kind_of(s.request.sampling) for s in sequences))
+        token_B, settled_B, best_B = draw(scores_BV, at, kinds)
         self.token_S[rows_B] = token_B
         if penalised and self.seen_SV is not None:
             self.seen_SV[rows_B, token_B] = True
-        told = torch.stack((token_B, settled_B, best_B.isfinite()), dim=1).double()
+        return scores_BV, torch.stack((token_B, settled_B, best_B.isfinite()), dim=1).double()
+
+    def drawn(self, sequence: Sequence, token: int) -> Drawn:
+        """A token with nothing told about it."""
+        return Drawn(sequence, token, None)
+
+    def _draw(self, logits_BV: Tensor, rows_B: Tensor, sequences: Items[Sequence]) -> list[Drawn]:
+        """Scores, penalty, grammar, draw; the tokens go into the slots and, in one fetch, to the host."""
+        logits_BV = logits_BV.float()
+        penalised = any(s.request.sampling.repetition_penalty != 1 for s in sequences)
+        grammars = any(s.request.grammar is not None for s in sequences)
+        allowed_BV = self._allowed(sequences) if grammars else None
+        kinds = frozenset(kind_of(s.request.sampling) for s in sequences)
+        scores_BV, told = self.draw_rows(logits_BV, rows_B, kinds, penalised, allowed_BV)
         asked = [s.request.logprobs for s in sequences if s.request.logprobs is not None]
         if asked:
-            told = torch.cat((told, _logprobs(logits_BV, token_B, max(asked))), dim=1)
+            told = torch.cat((told, _logprobs(logits_BV, told[:, 0].long(), max(asked))), dim=1)
         out = []
         for row, (sequence, (token, settled, fine, *logprobs)) in enumerate(
             zip(sequences, told.tolist(), strict=True)  # the one place that waits for the device
@@ -200,9 +254,7 @@ class Slots:
         """The token of a row whose candidates are too many for the batch."""
         token = draw_one(scores_V, sequence.request.sampling, key_of(sequence.seed), len(sequence.ids))
         self.token_S[sequence.slot] = token
-        if self.seen_SV is not None and sequence.request.sampling.repetition_penalty != 1:
-            self.seen_SV[sequence.slot] = False
-            self.seen_SV[sequence.slot, torch.tensor([*sequence.ids, token], device=self.seen_SV.device)] = True
+        self._mark(sequence, [*sequence.ids, token])
         return token
 
     def _allowed(self, sequences: Items[Sequence]) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minitune.model import kernels
 from minitune.model.decoder import Decoder, Linear
 from minitune.model.lora import Dropout
 
@@ -39,8 +40,23 @@ def unpack(packed: Tensor) -> Tensor:
 def dequantize(packed: Tensor, scale_OG: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The weight [O, I] in `dtype`, by default the scales' own: one product each, as compressed-tensors forms it."""
     dtype = dtype or scale_OG.dtype
+    if packed.is_cuda and kernels.AVAILABLE:
+        return unpacked_by_kernel(packed, scale_OG, dtype)
     q_OGg = unpack(packed).view(*scale_OG.shape, -1)
     return (q_OGg.to(dtype) * scale_OG.to(dtype)[..., None]).flatten(1)
+
+
+def unpacked_by_kernel(packed: Tensor, scale_OG: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `dequantize`, in one pass: a prompt's layers form each weight once."""
+    from minitune.model.decode_kernels import _dequantize
+
+    out = torch.empty(packed.shape[0], packed.shape[1] * PER_WORD, dtype=dtype, device=packed.device)
+    group, some = out.shape[1] // scale_OG.shape[1], 16
+    scale_OG = scale_OG.to(dtype).contiguous()
+    _dequantize[(-(-scale_OG.numel() // some),)](
+        packed.contiguous().view(torch.uint8), scale_OG, out, out.numel(), GROUP=group, BG=some, num_warps=4
+    )
+    return out
 
 
 def quantize(

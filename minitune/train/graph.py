@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from minitune.data.loader import Pack, StepBatch
+from minitune.model import contract
 from minitune.train.optim import LossScale
 from minitune.train.step import StepResult, TrainStep
 
@@ -63,12 +64,8 @@ def capacities(sizes: Sequence[tuple[int, int, int]], most: int = 8, position: f
     return [Capacity(t, documents, p) for t, p in sorted({(t, p) for t, p, _ in boxes}, reverse=True)]
 
 
-class Contract:
-    """What a recorded graph rests on: where each parameter, gradient, moment and input lies, its shape and its dtype.
-    A graph replays addresses: whatever was put elsewhere since would silently not take part."""
-
-    def __init__(self, places: Sequence[tuple[str, Callable[[], Any]]]):
-        self.places = [(name, find, _identity(find())) for name, find in places]
+class Contract(contract.Contract):
+    """Of a training step: each parameter, gradient, moment and input."""
 
     @staticmethod
     def of(step: TrainStep, *inputs: tuple[str, Callable[[], Any]]) -> Contract:
@@ -95,17 +92,6 @@ class Contract:
         if step.loss_scale is not None:
             places += [(f"loss scale's {key}", partial(getattr, step.loss_scale, key)) for key in ("scale", "good")]
         return Contract(places)
-
-    def check(self) -> None:
-        """Raises RuntimeError naming what changed."""
-        for name, find, was in self.places:
-            now = _identity(find())
-            if now != was:
-                raise RuntimeError(f"the captured step no longer holds: {name} was {was}, now it is {now}")
-
-
-def _identity(tensor: Tensor | None) -> tuple[Any, ...]:
-    return () if tensor is None else (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype)
 
 
 class _Graph:
