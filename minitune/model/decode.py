@@ -83,10 +83,8 @@ class Columns:
 def why_not(decoder: Decoder) -> str:
     """Why a decoder's steps can't run by hand, in a few words; "" where they can."""
     config, device = decoder.config, decoder.device
-    if not kernels.AVAILABLE:
-        return "Triton is not installed"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
-        return "the card is older than Ampere"
+    if reason := kernels.why_not(device):
+        return reason
     if config.head_dim not in (16, 32, 64, 128) or config.num_attention_heads % config.num_key_value_heads:
         return f"heads of {config.head_dim} are not covered"
     if decoder.training or any(p.requires_grad for p in decoder.parameters()):
@@ -286,7 +284,8 @@ class DecodeStep:
         hidden = self.x.shape[1]
         fused_kernels._norm_in[(self.rows,)](
             self.x, self.x if back is None else back, self.decoder.config.residual_multiplier, norm.weight, self.x,
-            self.n, self.rstd, norm.eps, H=hidden, R=0, SUM=back is not None, BH=next_power_of_2(hidden), num_warps=4,
+            self.n, self.x, self.rstd, norm.eps,
+            H=hidden, R=0, SUM=back is not None, STRIP=False, BH=next_power_of_2(hidden), num_warps=4,
         )  # fmt: skip
 
     def _silu_mul(self) -> None:
