@@ -187,7 +187,7 @@ class Trackers:
 
 @contextmanager
 def signals_kept() -> Iterator[None]:
-    """SwanLab ends its run at Ctrl-C, where ours goes on to log the step and save: signals stay with those who had them."""
+    """SwanLab takes Ctrl-C and ends its run, where ours still logs a step and saves: signals stay whose they were."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
