@@ -2,11 +2,13 @@
 
     .venv/bin/python bench/data_million.py --tokenizer ../shared/golden/tokenizer-minicpm
     .venv/bin/python bench/data_million.py                      # smollm2's tokenizer and chat template
+    .venv/bin/python bench/data_million.py --near               # near duplicates instead: time, memory, how many found
 
 Wall time and peak memory are the processes' own (wait4), interpreter and imports included, on two cores. The rows are
 seeded: Chinese and English mixed, of 10 to some 900 tokens, some with a system text or several turns. The peer is what
 the tutorial's recipe and LLaMA-Factory do a row: one call of the `transformers` tokenizer for the prompt, one for the
-answer, lists of Python integers; it reads the first rows only and is scaled up.
+answer, lists of Python integers; it reads the first rows only and is scaled up. With `--near` one row in a hundred is
+an earlier row with a word changed, and these must be found.
 """
 
 from __future__ import annotations
@@ -54,9 +56,10 @@ def said(rng: random.Random, middle: float) -> str:
     return "\n".join(parts) if rng.random() < 0.1 else "".join(parts)
 
 
-def generate(path: Path, rows: int, seed: int) -> None:
-    """Writes the rows as jsonl."""
+def generate(path: Path, rows: int, seed: int, near: bool = False) -> None:
+    """Writes the rows as jsonl. near: every hundredth is one of the 99 before it, a word added to its answer."""
     rng = random.Random(seed)
+    before: list[dict[str, object]] = []
     with path.open("w", encoding="utf-8") as file:
         for i in range(rows):
             turns = [said(rng, 14) + f" ({i})", said(rng, 30)]
@@ -65,6 +68,12 @@ def generate(path: Path, rows: int, seed: int) -> None:
                 row["history"] = [[said(rng, 8), said(rng, 15)]]
             if rng.random() < 0.1:
                 row["system"] = rng.choice(SYSTEMS)
+            if near:
+                if i % 100 == 99:
+                    row = rng.choice(before)
+                    row, before = row | {"output": f"{row['output']} {rng.choice(ENGLISH)}"}, []
+                elif len(turns[1]) > 60:
+                    before.append(row)
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -141,6 +150,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokenizer", type=Path, help="a folder with a MiniCPM tokenizer; without it smollm2")
+    parser.add_argument("--near", action="store_true", help="measure the check with near duplicates looked for")
     parser.add_argument("--json", action="store_true", help="write the rows as one big .json array")
     parser.add_argument("--keep", type=Path, help="a folder for the generated file, used again where it is there")
     parser.add_argument("--peer_rows", type=int, default=20_000)
@@ -150,9 +160,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         room = arguments.keep or Path(temporary)
         file = room / f"rows-{arguments.rows}-{arguments.seed}.{'json' if arguments.json else 'jsonl'}"
+        file = file.with_stem(f"{file.stem}{'-near' * arguments.near}")
         if not file.exists():
             part = file.with_suffix(".part")
-            generate(part, arguments.rows, arguments.seed)
+            generate(part, arguments.rows, arguments.seed, arguments.near)
             if arguments.json:
                 with part.open(encoding="utf-8") as lines, file.open("w", encoding="utf-8") as whole:
                     whole.writelines(("[\n" if i == 0 else ",\n") + line.rstrip() for i, line in enumerate(lines))
@@ -160,8 +171,24 @@ def main() -> None:
                 part.unlink()
             else:
                 part.rename(file)
+        if arguments.near:
+            return near(file, arguments.rows // 100)
         model = model_folder(arguments.tokenizer, Path(temporary) / "model") if arguments.tokenizer else "smollm2"
         report(file, model, arguments, {**os.environ, "MINITUNE_ROWS_CACHE": f"{temporary}/cache"})
+
+
+def near(file: Path, planted: int) -> None:
+    """The check with near duplicates looked for in every row; `planted` of them are there."""
+    command = [sys.executable, "-m", "minitune", "data", "check", str(file), "--near", "true", "--json"]
+    around = {"PYTHONPATH": str(Path(__file__).parents[1]), **os.environ}
+    print(f"{file.name}: {file.stat().st_size / 2**20:,.0f} MiB   load {os.getloadavg()[0]:.1f}", flush=True)
+    seconds, busy, memory, code, text = measured(command, around)
+    if code not in (0, 1):
+        sys.exit(text)
+    found = {f["kind"]: f["rows"] for f in json.loads(text)["findings"]}.get("near", [])
+    right = sum(row % 100 == 0 for row in found)
+    print(f"check --near true: {seconds:.1f} s, {busy:.1f} s of processors, {memory:.2f} GiB peak")
+    print(f"near duplicates: {right:,} of {planted:,} planted, {len(found) - right:,} others")
 
 
 def report(file: Path, model: str, arguments: argparse.Namespace, environment: dict[str, str]) -> None:

@@ -47,10 +47,10 @@ class Dataset:
         for rows, what in (
             (self.cut, f"longer than {max_length} tokens, cut at the tail (no EOS is learned there)"),
             (self.dropped, f"longer than {max_length} tokens, dropped"),
-            (self.unlearnable, f"have nothing left to learn within {max_length} tokens, dropped"),
+            (self.unlearnable, f"with nothing left to learn within {max_length} tokens, dropped"),
         ):
             if rows:
-                lines.append(f"{self.file}: {len(rows):,} rows {what}: {some(rows)}")
+                lines.append(f"{self.file}: {len(rows):,} row{'s' * (len(rows) != 1)} {what}: {some(rows)}")
         return [*self.notes, *lines]
 
 

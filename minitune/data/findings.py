@@ -21,21 +21,24 @@ Severity = Literal["error", "warning", "note"]
 class Kind:
     """One kind of finding. `what` and `mend` are sentences; in `what`, {rows} and [one|many] follow the count.
 
-    fix: `safe` is mended by --fix, a name by --fix_also NAME.
+    fix: `safe` is mended by --fix, a name by --fix_also NAME; `does`: how, where it is not what `mend` says.
     """
 
     severity: Severity
     what: str
     mend: str
     fix: str = ""
+    does: str = "does"
 
+
+DELETED, FIRST = "deletes the row", "keeps the first"
 
 KINDS: dict[str, Kind] = {
     # Errors: the model would learn what nobody meant, or the file would be refused.
-    "blank": Kind("error", "{rows} [has|have] nothing to learn: {problem}", "{mend}", "safe"),
-    "unreadable": Kind("error", "{rows} can't be learned from: {problem}", "{mend}", "unreadable"),
+    "blank": Kind("error", "{rows} [has|have] nothing to learn: {problem}", "{mend}", "safe", DELETED),
+    "unreadable": Kind("error", "{rows} can't be learned from: {problem}", "{mend}", "unreadable", DELETED),
     "lost_text": Kind("error", "{rows} [holds|hold] U+FFFD, text that was lost in an earlier conversion",
-                      "restore the text from its source", "safe"),
+                      "restore the text from its source", "safe", DELETED),
     "mojibake": Kind("error", "{rows} [was|were] decoded with the wrong encoding, like ä½ å¥½ for 你好",
                      "read the source again as what it is, UTF-8 or GBK"),
     "control": Kind("error", "{rows} [holds|hold] control characters, which nobody sees and the model learns",
@@ -43,7 +46,7 @@ KINDS: dict[str, Kind] = {
     "markers": Kind("error", "{rows} [spells|spell] marks that the template writes ({found}): a false turn, or an "
                     "end that is learned as text", "delete them", "markers"),
     "leaked": Kind("error", "{rows} of the held-out file [is|are] also learned from: its loss will look too good",
-                   "take them out of one of the two files", "safe"),
+                   "take them out of one of the two files", "safe", "takes them out of this one"),
     "cut": Kind("error", "{rows} [is|are] longer than {max_length} tokens, cut at the tail ({lost} tokens lost; no EOS "
                 "is learned there)", "give --max_length {longest}, or --overlong drop"),
     "refused": Kind("error", "{rows} [is|are] longer than {max_length} tokens, and --overlong error refuses them",
@@ -52,23 +55,24 @@ KINDS: dict[str, Kind] = {
                         "shorten the questions, or give a longer --max_length"),
     # Warnings: worth a look before the hours are spent.
     "duplicates": Kind("warning", "{rows} [repeats|repeat] an earlier row, word for word",
-                       "keep one of each: a copy is learned twice", "safe"),
+                       "keep one of each: a copy is learned twice", "safe", FIRST),
     "conflicts": Kind("warning", "{count} [question has|questions have] different answers{most}",
-                      "fine where talk varies; else keep one", "conflicts"),
+                      "fine where talk varies; else keep one", "conflicts", FIRST),
     "near_leaked": Kind("warning", "{rows} of the held-out file [is|are] nearly a row that is learned from",
-                        "take them out of one of the two files", "near"),
+                        "take them out of one of the two files", "near", "takes them out of this one"),
     "invisible": Kind("warning", "{rows} [holds|hold] zero-width or bidirectional characters", "delete them", "safe"),
     "marker_text": Kind("warning", "{rows} [spells|spell] a special token as text ({found})",
                         "delete it, unless the row is about it", "markers"),
     "languages": Kind("warning", "{rows} [answers|answer] in another language than asked ({pairs}); most do not",
                       "translate one side, or delete the row"),
-    "echo": Kind("warning", "{rows} [has|have] an answer that repeats its question", "keep the answer alone"),
+    "echo": Kind("warning", "{rows} [has|have] an answer that repeats its question",
+                 "take the question out of it; delete a row that says nothing else"),
     "personal": Kind("warning", "{rows} [holds|hold] what looks like personal data ({found})",
                      "mask it: models recite what they learn", "personal"),
     "dropped": Kind("warning", "{rows} [is|are] longer than {max_length} tokens, dropped ({lost} tokens)",
                     "give --max_length {longest} to keep them"),
     # Notes: good to know.
-    "near": Kind("note", "{rows} [is|are] nearly the same as an earlier row", "keep one of each", "near"),
+    "near": Kind("note", "{rows} [is|are] nearly the same as an earlier row", "keep one of each", "near", FIRST),
     "same_question": Kind("note", "{rows} of the held-out file [asks|ask] a question that is learned, with another "
                           "answer", "fine for talk; else hold out other questions"),
     "traditional": Kind("note", "{rows} [answers|answer] in traditional Chinese, the file in simplified",
@@ -107,8 +111,13 @@ class Finding:
     def mend(self) -> str:
         """What to do, in one line, with the flag that does it."""
         kind = KINDS[self.kind]
-        flag = {"": "", "safe": "; --fix does"}.get(kind.fix, f"; --fix_also {kind.fix} does")
+        flag = {"": "", "safe": f"; --fix {kind.does}"}.get(kind.fix, f"; --fix_also {kind.fix} {kind.does}")
         return kind.mend.format(**self.words) + flag
+
+    @property
+    def safe(self) -> bool:
+        """Whether --fix alone mends it."""
+        return KINDS[self.kind].fix == "safe"
 
 
 # Control characters but tab and line feed (CR is looked at by itself), what is not seen, and the sign of lost text.

@@ -125,11 +125,12 @@ def broken(data: bytes) -> str:
 
 def shown(text: str) -> str:
     """The text with white space as signs, and what can't be seen spelled out."""
-    return "".join(SIGNS.get(char) or _spelled(char) for char in text)
+    return "".join(SIGNS.get(char) or _spelled(char, text) for char in text)
 
 
-def _spelled(char: str) -> str:
-    hidden = unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zs", "Zl", "Zp") and char != "\u200d"
+def _spelled(char: str, text: str) -> str:
+    """A joiner between emoji joins them; alone in a token it would not be seen."""
+    hidden = unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zs", "Zl", "Zp") and (char != "\u200d" or text == char)
     return f"⟨U+{ord(char):04X}⟩" if hidden else char
 
 

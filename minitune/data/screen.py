@@ -55,7 +55,7 @@ class Sheet:
         self.console.print()
         sign, style = SIGNS["error"] if report.hurts else ("✓", "bold green")
         self.line(Text(report.verdict(), style), 3, Text(f" {sign} ", style))
-        if any("--fix does" in finding.mend() for finding in report.findings):
+        if any(finding.safe for finding in report.findings):
             self.line(Text("--fix OUT writes a mended copy and a log of each change", "dim"), 3)
 
     def finding(self, report: Report, finding: Any) -> None:

@@ -98,7 +98,8 @@ def remarks(result: dict[str, Any]) -> list[str]:
     leaked = result.get("answers", {}).get("also_learned")
     if leaked:
         shown = ", ".join(row_name(row, several_files(result)) for row in leaked[:8]) + ", …" * (len(leaked) > 8)
-        out.append(f"{len(leaked)} of the questions stand in the training data with their answers: {shown}")
+        stand = "stands" if len(leaked) == 1 else "stand"
+        out.append(f"{len(leaked)} of the questions {stand} in the training data with the same answer: {shown}")
     return out + result["notes"]
 
 

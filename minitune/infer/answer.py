@@ -33,6 +33,4 @@ def advance(drawn: Drawn) -> tuple[Piece | None, str]:
         finish = "length" if len(handle.ids) >= request.sampling.max_new_tokens else "context"
     if finish and not text.stopped:
         said += text.flush()
-        if text.stopped:  # half a character became U+FFFD, which completed a stop text
-            finish = "stop"
     return Piece(said, (token,), [drawn.logprob] if drawn.logprob else []), finish

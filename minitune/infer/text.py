@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 class AnswerText:
     """`push(token)` returns the text that is certain by now, `flush()` the rest.
 
+    Bytes of a character that never became whole, since the length limit cut the answer there, are left out.
     A text that a stop text may begin with is held back until it is decided. The first stop text to be complete ends
     the answer (`stopped`), of several that end together the longest, wherever the borders of tokens lie.
     """
@@ -30,9 +31,7 @@ class AnswerText:
 
     def flush(self) -> str:
         """Call it once, where no stop text ended the answer."""
-        text = self._pass(self._stream.flush())
-        if not self.stopped:
-            text, self._held = text + self._held, ""
+        text, self._held = self._held, ""
         return text
 
     def _pass(self, text: str) -> str:

@@ -273,5 +273,5 @@ class Live:
             if len(parts) > 2:
                 room = max(4, width - 4) - 1
                 parts = [parts[0], set_cell_size(parts[1], min(room, cell_len(parts[1]))) + "…"]
-            out += [Text(f"    {part}", no_wrap=True) for part in [*parts, "", ""][:2]]
+            out += [Text(f"    {part.strip()}", no_wrap=True) for part in [*parts, "", ""][:2]]
         return out

@@ -10,6 +10,8 @@ import importlib.util
 import io
 import json
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ from shlex import quote
 from typing import Any, Protocol
 
 from minitune.config import TrainConfig, UserError, to_yaml
+from minitune.train.stop import Interrupt
 from minitune.train.watch import Sample
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "swanlab": "swanlab"}
@@ -171,15 +174,30 @@ class Trackers:
 
     @contextmanager
     def _kept(self, name: str) -> Iterator[None]:
-        """Nothing that a tracker does reaches the run: neither what it raises nor what it prints."""
+        """Nothing that a tracker does reaches the run: neither what it raises or prints, nor whom signals wake."""
         try:
-            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            with signals_kept(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
                 warnings.simplefilter("ignore")
                 yield
         except Exception as error:
             self.open.pop(name, None)
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
             self.say(f"note: {name} failed ({reason}); the run goes on without it")
+
+
+@contextmanager
+def signals_kept() -> Iterator[None]:
+    """SwanLab takes Ctrl-C and ends its run, where ours still logs a step and saves: signals stay whose they were."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in Interrupt.SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None and signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
 
 
 def _plain(config: TrainConfig) -> dict[str, Any]:

@@ -24,8 +24,9 @@ HAN = [chr(c) for c in range(0x4E00, 0x4E00 + 300)]
 def pieces(text: str) -> frozenset[str]:
     """The shingles, cut out one by one."""
     text = "".join(c for c in text.lower() if c.isalnum())
-    width = 3 if sum(ord(c) > 127 for c in text) * 2 >= len(text) else 5
-    return frozenset(text[i : i + width] for i in range(max(1, len(text) - width + 1)))
+    width = [3 if ord(c) > 127 else 5 for c in text]
+    whole = {text[i : i + w] for i, w in enumerate(width) if i + w <= len(text)}
+    return frozenset(whole | {text[: width[0] if text else 0]})
 
 
 def jaccard(a: frozenset[str], b: frozenset[str]) -> float:
@@ -65,6 +66,16 @@ def test_shingles_and_their_resemblance() -> None:
     assert near.resemblance(sets[-2], sets[-1]) == 1
     for (i, a), (j, b) in combinations(enumerate(texts[:60]), 2):
         assert near.resemblance(sets[i], sets[j]) == pytest.approx(jaccard(pieces(a), pieces(b)))
+
+
+def test_half_of_each_script() -> None:
+    """A word more does not make another text of one that is half Chinese, half English."""
+    import numpy as np
+
+    text = "".join(f"{a}{b}" for a, b in zip(HAN, "the quick brown fox jumps over the lazy dog " * 4, strict=False))
+    hashes, offsets = near.shingles([text, text + " over"])
+    a, b = (np.unique(hashes[start:end]) for start, end in zip(offsets, offsets[1:], strict=False))
+    assert near.resemblance(a, b) > 0.9
 
 
 def test_pairs_against_every_pair() -> None:

@@ -68,7 +68,7 @@ def unsigned(text: str) -> str:
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_units_are_the_row(tokenizer: Any, text: str) -> None:
-    """Every id once and in order, the text that decode gives, and no unit that ends inside a character."""
+    """Every id once and in order, the text that decode gives, no unit that ends inside a character or is not seen."""
     row = row_of(tokenizer, "问 q", text)
     shown = units(row, tokenizer)
     assert [i for unit in shown for i in unit.ids] == row.input_ids
@@ -78,6 +78,7 @@ def test_units_are_the_row(tokenizer: Any, text: str) -> None:
     assert spoken == text or spoken == f" {text}"  # the leading piece's own space
     for unit in shown:
         assert unit.learned == (row.labels[unit.at] != -100)
+        assert wide(unit.text) > 0  # a joiner by itself too
 
 
 def test_bytes_of_a_character_are_counted(tokenizer: Any) -> None:

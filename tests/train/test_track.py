@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import struct
 import time
@@ -250,6 +252,28 @@ def test_a_failing_tracker_is_one_note(
     without = with_(config, output=f"{config.output}-without", logging_steps=1)
     train(without, quiet=True)
     same(config.output, without.output)
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "swanlab"])
+def test_ctrl_c_is_the_runs(tracked: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: Any, name: str) -> None:
+    """SwanLab takes SIGINT for itself and ends: the run finishes its step, logs it there too, and says how to look."""
+    pytest.importorskip(name)
+    config = with_(tracked, track=(name,), logging_steps=1)
+    logged: list[int] = []
+    log = track.KINDS[name].log  # type: ignore[attr-defined]
+
+    def logs(self: Any, step: int, values: Mapping[str, float]) -> None:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        log(self, step, values)
+        logged.append(step)
+
+    monkeypatch.setattr(track.KINDS[name], "log", logs)
+    with pytest.raises(UserError, match="stopped at step 2; go on with"):
+        train(config, answer=reply)
+    said = capsys.readouterr().err
+    assert logged == [1, 2] and "failed" not in said and f"\n{name}: {name} " in said
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_what_is_not_finite_is_left_out(config: TrainConfig) -> None:
