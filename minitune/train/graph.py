@@ -7,6 +7,7 @@ that nothing is learned from. What no capacity holds runs through the plain step
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -163,6 +164,8 @@ class CapturedStep:
             self.graphs[0].run(step)
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
+        if step.decoder.stack is None:
+            gc.collect()  # recomputed layers leave cycles, whose nodes would add gradients on the warm-up's stream
         step.step_index.copy_(index)
         if step.loss_scale is not None and kept is not None:
             step.loss_scale.load_state_dict(kept)

@@ -180,7 +180,7 @@ def test_what_is_compiled_early_is_not_compiled_again(keep: bool) -> None:
         graph.capture(step, [capacity], [max(packed, key=lambda p: p.tokens)], longest=70)
     finally:
         triton.knobs.runtime.jit_post_compile_hook = kept
-    assert early > 10 and compiled[early:] == []
+    assert early > 5 and compiled[early:] == []  # some are in the process already, from other tests
 
 
 @pytest.mark.parametrize("most", [3, 8])
