@@ -8,13 +8,13 @@ the other; 0: 16 rows, and the only size of the trainer, which has no other). Ea
 ours are made by the same calls as a run's. Reported: milliseconds a step (median, and the mean of all, the host's work
 included), tokens a second, the line that a run says of its step (with the share of padding), the allocator's reserved
 peak, what the driver says the process holds, the seconds before the first step, and the losses, which must agree
-between the sides.
+between the sides of ours.
 
 trainer     Trainer + PEFT over GraniteForCausalLM of this shape, batch 16, no packing (its best batch)
 plain       minitune's plain step
 captured    the same, captured: what a card has whose layers can't be done by hand
 fused       its layers by hand (model.fused), the step captured
-recomputed  the same, two hidden states a layer kept
+recomputed  the same, one hidden state and two strips a layer kept
 """
 
 from __future__ import annotations

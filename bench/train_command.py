@@ -33,7 +33,7 @@ CONFIG = {
 
 
 def write_hub_folder(folder: Path, tokenizer: Path) -> None:
-    """Random weights in the hub's layout and names, ten layers a shard."""
+    """Random weights in the hub's layout and names, dealt round four shards."""
     folder.mkdir(parents=True)
     for file in tokenizer.iterdir():
         shutil.copy(file, folder / file.name)

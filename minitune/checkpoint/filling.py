@@ -150,7 +150,7 @@ class _Lane:
     def take(self, piece: Piece) -> None:
         """Reads a piece and lays it in its place."""
         place, kind = piece.place, piece.entry.dtype
-        if self.stream is None and place.dtype == kind and place.is_contiguous():
+        if place.device.type == "cpu" and place.dtype == kind and place.is_contiguous():
             self._read(piece, place.view(torch.uint8))
             return
         if self.host is None:

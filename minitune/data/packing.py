@@ -9,6 +9,7 @@ from typing import overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+ORDER = 2  # grows when the same seed gives another order of rows; 1 had no `level`
 TILE = 128  # tokens that a card computes together: a step of 769 costs what one of 896 does
 WINDOW = 16  # steps that exchange rows
 

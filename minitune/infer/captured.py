@@ -151,7 +151,7 @@ class Captured:
             if place >= len(sequence.held.pages) * schedule.pool.size:
                 if not schedule.pool.grow(sequence.held):
                     return None  # somebody has to give way, which can't be done under way
-                self.slots.write_pages(sequence)
+                self.slots.write_last_page(sequence)
         return self._launch(going)
 
     def _launch(self, going: Items[tuple[Sequence, int]]) -> UnderWay | None:
@@ -163,7 +163,7 @@ class Captured:
         step, replay = self._found(going)
         if step is None:
             return None
-        kinds = frozenset(kind_of(r.sampling) for r in requests)
+        kinds = frozenset(kind_of(r.sampling) for r in requests) - {"greedy"} or frozenset({"greedy"})
         draw = self._find(Draw(step.rows, kinds, any(r.sampling.repetition_penalty != 1 for r in requests)))
         if draw is None:
             return None

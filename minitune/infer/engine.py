@@ -111,7 +111,7 @@ class Engine:
 
         Where it raises (a bug, no memory, Ctrl-C), all that ran has ended and the engine can go on.
         """
-        with self._stepping, torch.inference_mode():
+        with self._stepping, torch.inference_mode(), self._on_card():
             try:
                 self._take()
                 self._prefill()
@@ -159,8 +159,11 @@ class Engine:
 
     def _work(self) -> None:
         while True:
-            if not self._something_new and not self._closed and self._prepare():
-                continue
+            try:
+                if not self._something_new and not self._closed and self._prepare():
+                    continue
+            except Exception:  # others are still to be served
+                traceback.print_exc()
             with self._news:
                 self._news.wait_for(lambda: self._something_new or self._closed)
                 self._something_new = False
@@ -174,8 +177,13 @@ class Engine:
 
     def _prepare(self) -> bool:
         """Records one more of the captured steps, while nobody waits; False: all are."""
-        with self._stepping, torch.inference_mode():
+        with self._stepping, torch.inference_mode(), self._on_card():
             return self._slots.prepare(all_usual=True)
+
+    def _on_card(self) -> contextlib.AbstractContextManager[object]:
+        """The decoder's card as this thread's current one: kernels and captures take that."""
+        device = self.decoder.device
+        return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
     @property
     def plainly(self) -> str:

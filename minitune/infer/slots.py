@@ -116,6 +116,11 @@ class Slots:
         pages = sequence.held.pages
         self.table_SP[sequence.slot, : len(pages)] = torch.tensor(pages, device=self.table_SP.device)
 
+    def write_last_page(self, sequence: Sequence) -> None:
+        """The same where one page was added: a number, which does not wait for the device."""
+        pages = sequence.held.pages
+        self.table_SP[sequence.slot, len(pages) - 1].fill_(pages[-1])
+
     def prefill(self, parts: Items[tuple[Sequence, int]]) -> list[Drawn]:
         """Runs the ids of each sequence from `computed` up to the number beside it, all in one pack; a token for
         those whose ids end there."""

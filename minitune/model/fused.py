@@ -7,8 +7,8 @@ multiplication and a kernel of `fused_kernels` in turn; autograd sees one functi
 - All adapters are slices of one float32 parameter: one optimizer call, one norm; `refresh` makes the computation's
   copies of it after each update.
 - Frozen weights get no gradient, so only what `backward` names is kept; with `keep=False` one hidden state and two
-  strips a layer (but for the last), and the rest is computed again: all but down, whose result nothing needs, and the
-  products with A.
+  strips a layer (but for the last), and the rest is computed again: all but down, whose result nothing needs, and
+  the products of q|k|v and o with A.
 
 Legend: T tokens, H hidden, X inputs, Y outputs, R a strip's width, P rows of A, F FFN width, N heads, D head width.
 """
@@ -41,6 +41,7 @@ from minitune.model.fused_ops import (
 from minitune.model.lora import Dropout
 from minitune.model.rope import rotate
 
+WIDEST = 256  # rows of A that the kernels' tiles hold: more would not fit the memory of a processor
 STRIP = 64  # strips are multiples of this: rows stay aligned for the matrix units
 
 
@@ -55,8 +56,12 @@ def why_not(decoder: Decoder) -> str:
         return reason
     if decoder.lora_config is None:
         return "no adapter learns"
+    if decoder.config.head_dim not in (16, 32, 64, 128, 256):
+        return f"heads of {decoder.config.head_dim} are no power of two"
     for kind in Slot.KINDS:
         linears = decoder.of_kind(kind)
+        if any(n.lora is not None and n.lora.A.shape[0] > WIDEST for n in linears):
+            return f"{kind} has more than {WIDEST} rows of A"
         shapes = {None if n.lora is None else tuple((s, e) for _, s, e in n.lora.parts) for n in linears}
         if len(shapes) > 1:
             return "the adapters differ from layer to layer"
@@ -267,6 +272,8 @@ class FusedStack:
 
         rstd, n, qkv, state, out = attention
         d_out = o_.backward(d, beside)
+        if o_.split:
+            beside.join()
         if o_.R:
             with beside(d, out, d_out):
                 grads(d, out, d_out, o_, drop, m)

@@ -6,6 +6,7 @@ has its kernel compiled. What was guessed wrong is compiled when it is first lau
 
 from __future__ import annotations
 
+from concurrent.futures import Executor
 from dataclasses import replace
 
 import torch
@@ -21,10 +22,10 @@ TOKENS = 128  # any number: kernels are not compiled for it
 
 
 def compile_kernels(
-    shape: DecoderConfig, dtype: torch.dtype, lora: LoraConfig, documents: int, keep: bool, threads: int = 8
+    shape: DecoderConfig, dtype: torch.dtype, lora: LoraConfig, documents: int, keep: bool, pool: Executor
 ) -> None:
-    """For a step of so many documents of at most `LONGEST` tokens, on this thread's current card."""
-    with kernels.compiling(threads), torch.no_grad():
+    """For a step of so many documents of at most `LONGEST` tokens, on this thread's current card, in the pool."""
+    with kernels.compiling(pool), torch.no_grad():
         launch_all(shape, dtype, lora, documents, keep)
 
 

@@ -48,11 +48,11 @@ if AVAILABLE:
     def _strip(
         x_ptr, a_ptr, drop_ptr, site_ptr, part_ptr, count_ptr, keep_ptr, s, tokens, span, spans,
         X: tl.constexpr, R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, DROP: tl.constexpr, KEEP: tl.constexpr,
-        C: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
+        BT: tl.constexpr, BH: tl.constexpr,
     ):  # fmt: skip
         """Fills the strip of [x | h], h = s · dropout(x) Aᵀ, zeros behind it; with KEEP also keep [T, R], the same.
 
-        Few rows would fill few of a card's processors: a program takes the columns of one of `spans` <= C spans, writes
+        Few rows would fill few of a card's processors: a program takes the columns of one of `spans` spans, writes
         its part [spans, T, Q] float32, and the last one to have done so adds them up, in their order. count: int32, a
         number for each block of rows, zero before and after.
         """
@@ -74,10 +74,11 @@ if AVAILABLE:
         tl.debug_barrier()  # every thread's part is written before the block counts itself
         if tl.atomic_add(count_ptr + tl.program_id(0), 1, sem="acq_rel") == spans - 1:
             total = tl.zeros((BT, Q), tl.float32)
-            for i in tl.static_range(C):
-                place = (i * tokens + t)[:, None] * Q + p
-                there = (ok & (tl.full((BT,), i, tl.int32) < spans))[:, None]
-                total += tl.load(part_ptr + place, mask=there, other=0.0, cache_modifier=".cg")
+            for at in range(0, spans, 8):  # eight loads under way at once
+                for i in tl.static_range(8):
+                    place = ((at + i) * tokens + t)[:, None] * Q + p
+                    there = (ok & (tl.full((BT,), i, tl.int32) < spans - at))[:, None]
+                    total += tl.load(part_ptr + place, mask=there, other=0.0, cache_modifier=".cg")
             tl.store(count_ptr + tl.program_id(0), 0)
             total = (total * s).to(kind)
             strip = x_ptr + t[:, None] * (X + R) + X

@@ -1,4 +1,4 @@
-"""The kernels of `fused_kernels` on tensors, a launch or two each. Legend as there."""
+"""The kernels of `fused_kernels` on tensors, a launch each. Legend as there."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ class Beside:
 
 
 class Slot:
-    """One linear of one layer with what its adapter needs; R = P = Q = r = 0 where there is none."""
+    """One linear of one layer with what its adapter needs; R = P = Q = r = 0 where there is none. split: dh comes of a
+    multiplication of its own, on the second stream."""
 
     KINDS = ("attn.qkv", "attn.o", "mlp.gate_up", "mlp.down")
 
@@ -75,6 +76,7 @@ class Slot:
         self.wide, self.lora = wide_YX, linear.lora
         self.Y, self.X = linear.weight.shape
         self.R = wide_YX.shape[1] - self.X
+        self.split = self.R > 0 and self.Y >= SPLIT
         self.P = self.Q = self.r = 0
         self.s = 1.0
         self.a = self.site = self.part = self.row = wide_YX  # never read without an adapter
@@ -89,7 +91,7 @@ class Slot:
 
     def backward(self, dy_TY: Tensor, beside: Beside, needs_dx: bool = True) -> Tensor:
         """[dx | dh] [T, X + R]; dx is left as it is where nobody needs it."""
-        if self.R == 0 or (self.Y < SPLIT and needs_dx):
+        if self.R == 0 or not (self.split or not needs_dx):
             return torch.mm(dy_TY, self.wide)
         out = torch.empty(dy_TY.shape[0], self.X + self.R, dtype=dy_TY.dtype, device=dy_TY.device)
         with beside(dy_TY, out):
@@ -133,7 +135,7 @@ def strip(x: Tensor, slot: Slot, drop: Tensor | None, counts: Counts, keep: bool
     launch(
         fk._strip, (rows, spans),
         x, slot.a, _or(drop, x), slot.site, parts, counts(rows), _or(kept, x), slot.s, tokens, span, spans,
-        X=slot.X, R=slot.R, P=slot.P, Q=slot.Q, DROP=drop is not None, KEEP=keep, C=next_power_of_2(spans),
+        X=slot.X, R=slot.R, P=slot.P, Q=slot.Q, DROP=drop is not None, KEEP=keep,
         BT=tile.rows, BH=tile.columns, num_warps=tile.warps,
     )  # fmt: skip
     return kept

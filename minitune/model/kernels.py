@@ -9,7 +9,7 @@ Importing this module needs no Triton; `AVAILABLE` says whether it is there. Leg
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -127,12 +127,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
 
 @contextmanager
-def compiling(threads: int) -> Iterator[None]:
-    """In this thread, launches only have their kernels compiled, by so many threads at once; at the end all are there.
+def compiling(pool: Executor) -> Iterator[None]:
+    """In this thread, launches only have their kernels compiled, by the pool's threads; at the end all are there.
     Tensors may be on `meta`. A kernel that was compiled before is read from Triton's cache on disk."""
     token = _compiling.set(True)
     try:
-        with ThreadPoolExecutor(threads, thread_name_prefix="compile") as pool, triton.AsyncCompileMode(pool):
+        with triton.AsyncCompileMode(pool):
             yield
     finally:
         _compiling.reset(token)

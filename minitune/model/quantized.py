@@ -40,7 +40,7 @@ def unpack(packed: Tensor) -> Tensor:
 def dequantize(packed: Tensor, scale_OG: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The weight [O, I] in `dtype`, by default the scales' own: one product each, as compressed-tensors forms it."""
     dtype = dtype or scale_OG.dtype
-    if packed.is_cuda and kernels.AVAILABLE:
+    if packed.is_cuda and not kernels.why_not(packed.device):
         return unpacked_by_kernel(packed, scale_OG, dtype)
     q_OGg = unpack(packed).view(*scale_OG.shape, -1)
     return (q_OGg.to(dtype) * scale_OG.to(dtype)[..., None]).flatten(1)

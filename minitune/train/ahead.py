@@ -8,6 +8,7 @@ import importlib
 import os
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from minitune.config import TrainConfig
-    from minitune.model.decoder import Decoder, DecoderConfig
+    from minitune.model.decoder import Decoder
 
 # Reads some two thousand files while it is imported, which other threads need not wait for.
 SLOW = "transformers.tokenization_utils_tokenizers"
@@ -75,6 +76,7 @@ class Loading:
     def __init__(self, config: TrainConfig, device: torch.device):
         self.config, self.device = config, device
         self._stop, self._done, self._compiled = (threading.Event() for _ in range(3))
+        self._compilers = ThreadPoolExecutor(8, thread_name_prefix="compile")
         self._thread: threading.Thread | None = None
         self._decoder: Decoder | None = None
         self._error: BaseException | None = None
@@ -88,17 +90,17 @@ class Loading:
         empty = skeleton(shards)
         self._thread = threading.Thread(target=self._run, args=(shards, empty), name="weights", daemon=True)
         self._thread.start()
-        threading.Thread(target=self._compile, args=(empty.config,), name="kernels", daemon=True).start()
+        threading.Thread(target=self._compile, args=(empty,), name="kernels", daemon=True).start()
 
-    def _compile(self, shape: DecoderConfig) -> None:
-        from minitune.train import fast
-        from minitune.train.prepare import lora_of, training_dtype
-
+    def _compile(self, empty: Decoder) -> None:
         # What goes wrong here shows where the kernel is launched, and compiled if need be.
-        with suppress(Exception):
+        with suppress(BaseException):
+            from minitune.train import fast
+            from minitune.train.prepare import lora_of, training_dtype
+
             if self.config.method != "full":
                 lora, kind = lora_of(self.config), training_dtype(self.config, self.device)
-                fast.compile_early(self.config, shape, kind, lora, self.device)
+                fast.compile_early(self.config, empty, kind, lora, self.device, self._compilers)
         self._compiled.set()
 
     def compiled(self) -> None:
@@ -143,6 +145,7 @@ class Loading:
 
     def __exit__(self, *error: object) -> None:
         self._stop.set()
+        self._compilers.shutdown(wait=False, cancel_futures=True)  # the interpreter waits for what it has begun
         if self._thread is not None:
             self._done.wait(PATIENCE)
         self._decoder = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -25,9 +25,8 @@ from minitune.model.quantized import Int4Linear
 from minitune.train import graph
 from minitune.train.step import TrainStep
 
-LONG = (
-    5000  # steps from which more capacities pay: one more takes a fifth of a second to capture, and saves 20 us a step
-)
+# Steps from which one more capacity pays: it takes a fifth of a second to capture, and saves 20 us a step.
+LONG = 5000
 Place = tuple[int, int]  # (epoch, step in it)
 
 
@@ -62,8 +61,9 @@ def strips_of(decoder: Decoder, lora: LoraConfig) -> dict[str, int]:
 
 
 def settle_memory(sparing: bool = False) -> None:
-    """What torch reads from the environment when it first uses a card, unless a person has set it: segments that grow
-    leave no holes between what a warm-up and a capture want; sparing: matrix workspaces of 8 MiB instead of 32."""
+    """What torch reads from the environment, unless a person has set it. When it first uses a card's memory: segments
+    that grow leave no holes between what a warm-up and a capture want. sparing, when it first multiplies there: matrix
+    workspaces of 8 MiB instead of 32."""
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if sparing:
@@ -71,17 +71,24 @@ def settle_memory(sparing: bool = False) -> None:
 
 
 def compile_early(
-    config: TrainConfig, shape: DecoderConfig, dtype: torch.dtype, lora: LoraConfig, device: torch.device
+    config: TrainConfig, empty: Decoder, dtype: torch.dtype, lora: LoraConfig, device: torch.device, pool: Executor
 ) -> None:
-    """Compiles what a run will most likely launch: its steps' rows are short, its layers are not recomputed unless that
-    is asked for."""
-    if why_not_on(device):
+    """Compiles what a run of this decoder (on `meta`) will most likely launch: its steps' rows are short, its layers
+    are not recomputed unless that is asked for."""
+    if why_not_on(device) or not strips_of(empty, lora):
         return
     from minitune.model.fused_compile import compile_kernels
 
     documents = config.rows_per_step + 1  # the padding is one more
     with torch.cuda.device(device):
-        compile_kernels(shape, dtype, lora, documents, keep=config.gradient_checkpointing != "true")
+        compile_kernels(empty.config, dtype, lora, documents, config.gradient_checkpointing != "true", pool)
+
+
+def head_share(shape: DecoderConfig) -> float:
+    """A position's multiplications in the head, a token's in the layers being 1."""
+    queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    layer = shape.hidden_size * (2 * queries + 2 * keys + 3 * shape.intermediate_size)
+    return shape.vocab_size * shape.hidden_size / (shape.num_hidden_layers * layer)
 
 
 def one_pack_steps(loader: Loader, per_epoch: Sequence[int], total: int) -> NDArray[np.int64]:
@@ -122,15 +129,12 @@ def quicken(
         what = f"every parameter learns, and {several:,} steps are several packs, which would take the memory twice"
         return step, f"plain step: {what}; raise --tokens_per_pack to have it captured"
     sizes = [(t, d, s) for t, d, s in plan[:, 2:].tolist()]
-    body = sum(linear.in_features * linear.parts[-1][2] for linear in decoder.linears())
     most = 4 if total < LONG else 8
-    capacities = graph.capacities(sizes, most, decoder.head_weight.numel() / body)
-    samples = []
-    for capacity in capacities:
-        fits = (plan[:, 2] <= capacity.tokens) & (plan[:, 4] <= capacity.positions)
-        epoch, number = plan[np.where(fits, plan[:, 2], 0).argmax(), :2].tolist()
-        samples.append(loader.batch(epoch, number).packs[0])
-    captured = graph.capture(step, capacities, samples, int(loader.lengths.max()))
+    capacities = graph.capacities(sizes, most, head_share(decoder.config))
+    fits = (plan[:, 2] <= capacities[0].tokens) & (plan[:, 4] <= capacities[0].positions)
+    epoch, number = plan[np.where(fits, plan[:, 2], 0).argmax(), :2].tolist()
+    sample = loader.batch(epoch, number).packs[0]
+    captured = graph.capture(step, capacities, sample, int(loader.lengths.max()))
     loader.pin = loader.pin and several > 0  # a captured step copies from pinned memory of its own
     layers = ""
     if reason:

@@ -46,13 +46,17 @@ def capacities(sizes: Sequence[tuple[int, int, int]], most: int = 8, position: f
     least joined until few enough are left. position: what one costs, a token being 1 (of a head's and the layers'
     multiplications; MiniCPM-2B: 0.12).
     """
-    unit = TOKENS
-    while True:
-        count = Counter((-(-t // unit) * unit, -(-p // POSITIONS) * POSITIONS) for t, _, p in sizes)
-        if len(count) <= 64:
-            break
-        unit *= 2  # joining pairs takes the cube of their number
-    boxes = [(t, p, n) for (t, p), n in count.items()]
+    rounded = Counter((-(-t // TOKENS) * TOKENS, -(-p // POSITIONS) * POSITIONS) for t, _, p in sizes)
+    boxes = [(t, p, n) for (t, p), n in rounded.items()]
+    grain = 1
+    while len(boxes) > 64:  # joining pairs takes the cube of their number: neighbours are joined first
+        grain *= 2
+        near: dict[tuple[int, int], tuple[int, int, int]] = {}
+        for t, p, n in boxes:
+            key = -(-t // (grain * TOKENS)), -(-p // (grain * POSITIONS))
+            other = near.get(key, (0, 0, 0))
+            near[key] = max(t, other[0]), max(p, other[1]), n + other[2]
+        boxes = list(near.values())
     while len(boxes) > most:
 
         def growth(pair: tuple[tuple[int, int, int], tuple[int, int, int]]) -> float:
@@ -147,7 +151,7 @@ class CapturedStep:
         self.plain_steps = 0
         self.contract: Contract | None = None
 
-    def record(self, samples: Sequence[Pack]) -> None:
+    def record(self, sample: Pack) -> None:
         """Warms up with the largest (what is used for the first time is made ready, the optimizer's moments among it)
         and captures all, largest first, in one memory pool.
 
@@ -156,7 +160,7 @@ class CapturedStep:
         step, pool = self.step, torch.cuda.graph_pool_handle()
         index, scale = step.step_index.clone(), step.loss_scale and step.loss_scale.state_dict()
         kept = {k: v.clone() for k, v in scale.items()} if scale else None
-        self.graphs[0].fill(samples[0])
+        self.graphs[0].fill(sample)
         self.share.fill_(float("nan"))
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -206,9 +210,9 @@ class CapturedStep:
         return min(fitting, key=lambda g: (g.capacity.tokens, g.capacity.positions)) if fitting else None
 
 
-def capture(step: TrainStep, sizes: Sequence[Capacity], samples: Sequence[Pack], longest: int) -> CapturedStep:
-    """Captures `step` for these capacities; `samples` are packs that fit them, one each, and
-    `longest` bounds the length of a document."""
+def capture(step: TrainStep, sizes: Sequence[Capacity], sample: Pack, longest: int) -> CapturedStep:
+    """Captures `step` for these capacities, largest first; `sample` is a pack that fits the first, and `longest` bounds
+    the length of a document."""
     captured = CapturedStep(step, sizes, longest)
-    captured.record(samples)
+    captured.record(sample)
     return captured

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minitune.config import TrainConfig, UserError
+from minitune.data.packing import ORDER
 from minitune.train.prepare import Prepared
 
 # Settings that may differ between a run and its resumption: none of them changes what is computed.
@@ -30,6 +31,7 @@ def identity(config: TrainConfig, ready: Prepared) -> dict[str, Any]:
         "settings": json.loads(json.dumps(dataclasses.asdict(config))),
         "base": os.path.realpath(ready.base),
         "data": ready.fingerprint,
+        "order": ORDER,
         "held_out": ready.held_out.digest() if len(ready.held_out) else "",
     }
 
@@ -53,6 +55,8 @@ def check_same(folder: Path, state: dict[str, Any], config: TrainConfig, ready: 
         if name not in ROUNDING:
             raise UserError(f"{folder}: was trained with {name} {before}, now it is {value}")
         notes.append(f"note: {name} was {before}, now it is {value}: the same steps, rounded otherwise")
+    if state.get("order", 1) != now["order"]:
+        notes.append("note: the checkpoint is of a minitune with another order: this epoch may see rows twice, or not")
     if state["data"] != now["data"]:
         raise UserError(f"{folder}: was trained on other rows than {config.data} gives now")
     if state.get("held_out", now["held_out"]) != now["held_out"]:

@@ -20,7 +20,6 @@ from shlex import quote
 from typing import Any, Protocol
 
 from minitune.config import TrainConfig, UserError, to_yaml
-from minitune.train.stop import Interrupt
 from minitune.train.watch import Sample
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "swanlab": "swanlab"}
@@ -191,6 +190,8 @@ def signals_kept() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    from minitune.train.stop import Interrupt  # settings are checked, by this file too, before torch is imported
+
     before = {number: signal.getsignal(number) for number in Interrupt.SIGNALS}
     try:
         yield

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minitune.data import packing
 from minitune.data.loader import Loader, make_pack
 from minitune.data.store import EncodedRows
 from minitune.data.template import IGNORED, Encoded, cut
@@ -125,12 +126,13 @@ def test_packs_of_arrays_are_packs_of_lists(plain: list[Encoded], seed: int, tok
 
 
 def test_the_order_of_a_seed_is_what_it_was() -> None:
-    """The rows of each step by torch's own permutation, as runs before arrays had them; greedy steps in a plain loop."""
+    """The rows of each step by torch's own permutation, levelled; greedy steps in a plain loop."""
     plain = [Encoded([1] * n, [1] * n) for n in (3, 9, 1, 4, 12, 7, 2, 8, 5, 6, 11, 10, 1, 1)]
     for epoch in range(3):
         order = torch.randperm(14, generator=torch.Generator().manual_seed(42 * 1_000_003 + epoch)).tolist()
         steps = list(Loader(plain, rows_per_step=4, seed=42).steps(epoch))
-        assert steps == [order[i : i + 4] for i in range(0, 14, 4)]
+        level = packing.level(order, [len(row.input_ids) for row in plain], 4).tolist()
+        assert steps == [level[i : i + 4] for i in range(0, 14, 4)]
         greedy: list[list[int]] = [[]]
         for row in order:
             if greedy[-1] and sum(len(plain[r].input_ids) for r in [*greedy[-1], row]) > 15:

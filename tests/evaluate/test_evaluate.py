@@ -119,7 +119,9 @@ def test_answers_are_those_of_transformers(
                 )[0, len(prompt) :].tolist()  # fmt: skip
             stopped = out[-1] in template.stop_ids
             said = out[:-1] if stopped else out
-            assert row[side]["text"] == tokenizer.decode(said, skip_special_tokens=True)
+            text = tokenizer.decode(said, skip_special_tokens=True)
+            # an answer that is cut inside a character ends before it
+            assert row[side]["text"] == text or (not stopped and row[side]["text"] + "�" == text)
             assert (row[side]["finish"], row[side]["tokens"]) == ("stop" if stopped else "length", len(said))
         stops = [row[side]["finish"] == "stop" for row in found["rows"]]
         assert found[side]["stops"] == pytest.approx(sum(stops) / len(stops))

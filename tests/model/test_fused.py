@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +15,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install triton runs these in its interpreter)")
 
-from minitune.model import attention_kernels, fused_ops, kernels  # noqa: E402
+from minitune.model import attention_kernels, fused, fused_ops, kernels  # noqa: E402
 from minitune.model.attention import PackedLayout  # noqa: E402
 from minitune.model.decoder import Decoder, DecoderConfig  # noqa: E402
 from minitune.model.fused import FusedStack, strip_width, why_not  # noqa: E402
@@ -179,3 +182,43 @@ def test_kernels_compiled_early_are_those_that_run(
         launch_all(decoder.config, torch.float32, decoder.lora_config, len(LENGTHS), keep)
     early = {one for one in seen if one[0] != "_cross_entropy"}
     assert ran == early
+
+
+class Late(fused_ops.Beside):
+    """A second stream that does nothing before it is waited for: what the code does not wait for is not there."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(torch.device("cpu"))
+        self.waiting: list[Callable[[], Any]] = []
+
+    @contextmanager
+    def __call__(self, *held: Tensor) -> Iterator[None]:
+        launch, mm = fused_ops.launch, torch.mm
+        later = self.waiting.append
+        fused_ops.launch = lambda *a, **k: later(partial(launch, *a, **k))
+        torch.mm = lambda *a, **k: later(partial(mm, *a, **k))  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            fused_ops.launch, torch.mm = launch, mm  # type: ignore[assignment]
+
+    def join(self) -> None:
+        waiting, self.waiting[:] = list(self.waiting), []
+        for work in waiting:
+            work()
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the order of a CPU stands in for a second stream")
+@pytest.mark.parametrize("split", [1, fused_ops.SPLIT])
+@pytest.mark.parametrize(("targets", "keep"), [(QKVO, True), (QKVO, False), (("o_proj",), True), ("all-linear", True)])
+def test_the_second_stream_is_waited_for(
+    targets: tuple[str, ...] | str, keep: bool, split: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients are the plain ones even where all work of the second stream comes as late as it may."""
+    monkeypatch.setattr(fused, "Beside", Late)
+    monkeypatch.setattr(fused_ops, "SPLIT", split)
+    decoder = decoder_of(SHAPE, targets, torch.float32)
+    _, want = run(copy.deepcopy(decoder), layout_of("masked"), True)
+    decoder.stack = FusedStack(decoder, keep)
+    _, got = run(decoder, layout_of("masked"), True)
+    assert max(far(g, w) for g, w in zip(got, want, strict=True)) < 1e-5

@@ -349,6 +349,7 @@ def test_spellings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[TrainConfig] = []
     summary = {"steps": 1, "seconds": 0.0, "loss": 1.0, "eval_loss": None, "peak_memory_gib": 0.1}
     monkeypatch.setattr("minitune.train.run.train", lambda config, **_: seen.append(config) or summary)
+    monkeypatch.setattr("minitune.train.checks.check_settings", lambda config: None)  # of files that are none
     for argv in (
         "--model_name_or_path m --dataset d --output_dir o --lora_rank 4 --template.bos false --max_seq_length 99",
         "--model m --data d --output o --lora-r 4 --template.bos=no --max-length=99",
@@ -376,6 +377,7 @@ def test_yaml_and_flags(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     seen: list[TrainConfig] = []
     summary = {"steps": 1, "seconds": 0.0, "loss": None, "eval_loss": 2.0, "peak_memory_gib": 0.1}
     monkeypatch.setattr("minitune.train.run.train", lambda config, **_: seen.append(config) or summary)
+    monkeypatch.setattr("minitune.train.checks.check_settings", lambda config: None)  # of files that are none
     path = tmp_path / "settings.yaml"
     path.write_text(
         "\ufeffmodel_name_or_path: m\ndata: 数据.json\noutput_dir: o\nlearning_rate: 2e-5\nlora_rank: 16\n"

@@ -96,8 +96,8 @@ def state_of(step: TrainStep) -> list[Tensor]:
 def captured_of(step: TrainStep, batches: list[StepBatch]) -> graph.CapturedStep:
     sizes = [(b.tokens, len(b.packs[0].lengths), b.supervised) for b in batches]
     capacities = graph.capacities(sizes, most=2)
-    samples = [next(b.packs[0] for b in batches if c.holds(b.packs[0])) for c in capacities]
-    return graph.capture(step, capacities, samples, longest=70)
+    sample = next(b.packs[0] for b in batches if capacities[0].holds(b.packs[0]))
+    return graph.capture(step, capacities, sample, longest=70)
 
 
 def batches_of(count: int) -> list[StepBatch]:
@@ -199,7 +199,7 @@ def test_a_plain_step_asks_nothing_of_the_host(kind: str) -> None:
 def test_what_is_captured(
     monkeypatch: pytest.MonkeyPatch, kind: str, capability: tuple[int, int] | None, packed: bool, want: str
 ) -> None:
-    """The choice and its line; capacities hold the samples that they are warmed up with."""
+    """The choice and its line; the largest capacity holds the sample that it is warmed up with."""
     step = plain_step(kind, "cpu", torch.float16)
     loader = loader_of(60, rows_per_step=4, tokens_per_pack=8192 if packed else 80)
     per_epoch = [len(loader.steps(0))]
@@ -213,9 +213,9 @@ def test_what_is_captured(
     assert line.startswith(want)
     assert (made == "captured") == bool(took) == line.startswith("captured")
     if took:
-        _, capacities, samples, longest = took[0]
+        _, capacities, sample, longest = took[0]
         assert longest == loader.lengths.max()
-        assert all(c.holds(pack) for c, pack in zip(capacities, samples, strict=True))
+        assert capacities[0].holds(sample)
         several = per_epoch[0] - len(fast.one_pack_steps(loader, per_epoch, per_epoch[0]))
         assert (f"{several} steps of several packs run plain" in line) == (not packed) == bool(several)
 
