@@ -91,7 +91,7 @@ class Slot:
 
     def backward(self, dy_TY: Tensor, beside: Beside, needs_dx: bool = True) -> Tensor:
         """[dx | dh] [T, X + R]; dx is left as it is where nobody needs it."""
-        if self.R == 0 or not (self.split or not needs_dx):
+        if self.R == 0 or (needs_dx and not self.split):
             return torch.mm(dy_TY, self.wide)
         out = torch.empty(dy_TY.shape[0], self.X + self.R, dtype=dy_TY.dtype, device=dy_TY.device)
         with beside(dy_TY, out):

@@ -9,12 +9,28 @@ from pathlib import Path
 
 import pytest
 from talker import write_talker
+from transformers import PreTrainedTokenizerBase
+
+from minitune.checkpoint.tokenizer import load_tokenizer
+from minitune.checkpoint.weights import load_model
+from minitune.model.decoder import Decoder
 
 
 @pytest.fixture(scope="session")
 def talker(golden: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A hub folder: weights of golden/tiny-2b and the tiny tokenizer."""
     return write_talker(golden, tmp_path_factory.mktemp("talker"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(talker: Path) -> PreTrainedTokenizerBase:
+    return load_tokenizer(talker)
+
+
+@pytest.fixture(scope="module")
+def tiny(golden: Callable[[str], Path]) -> Decoder:
+    """golden/tiny-2b, one for a file's tests: an engine takes it over."""
+    return load_model(golden("tiny-2b"), device="cpu", dtype="float32")
 
 
 @pytest.fixture

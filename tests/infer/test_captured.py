@@ -20,7 +20,6 @@ from asking import all_free, answer, ask
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from minitune.checkpoint.tokenizer import load_tokenizer
 from minitune.checkpoint.weights import load_model
 from minitune.infer import capacity, captured, slots
 from minitune.infer import engine as engine_module
@@ -63,16 +62,6 @@ class PlainStep:
         best, token = self.scores.float().max(-1)
         self.columns.token_S[self.slot_B] = token
         self.told.copy_(torch.stack((token, torch.ones_like(token), best.isfinite()), dim=1))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(talker: Path) -> PreTrainedTokenizerBase:
-    return load_tokenizer(talker)
-
-
-@pytest.fixture(scope="module")
-def tiny(golden: Golden) -> Decoder:
-    return load_model(golden("tiny-2b"), device="cpu", dtype="float32")
 
 
 @pytest.fixture

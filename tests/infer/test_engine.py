@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 from twins import hub_twin
 
-from minitune.checkpoint.tokenizer import load_tokenizer
 from minitune.checkpoint.weights import load_model
 from minitune.config import UserError
 from minitune.infer import capacity, slots
@@ -27,16 +26,6 @@ from minitune.model.cache import PAGE
 from minitune.model.decoder import Decoder
 
 Golden = Callable[[str], Path]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(talker: Path) -> PreTrainedTokenizerBase:
-    return load_tokenizer(talker)
-
-
-@pytest.fixture(scope="module")
-def tiny(golden: Golden) -> Decoder:
-    return load_model(golden("tiny-2b"), device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")

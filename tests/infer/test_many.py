@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from minitune.checkpoint.adapter import save_adapter
-from minitune.checkpoint.tokenizer import load_tokenizer
 from minitune.checkpoint.weights import load_model
 from minitune.config import UserError
 from minitune.infer.engine import Engine, answer_all
@@ -28,11 +27,6 @@ from minitune.model.lora import LoraConfig, attach
 
 Golden = Callable[[str], Path]
 PROMPT = [1, 7, 9, 300, 41, 12, 400, 8]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(talker: Path) -> PreTrainedTokenizerBase:
-    return load_tokenizer(talker)
 
 
 @pytest.fixture
