@@ -57,6 +57,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 torch.mm(d_logits, weight_WH, out=d_h[at : at + chunk])
             if d_w is not None:
                 d_w.addmm_(d_logits[:, :vocab].T, h)
+            del d_logits  # else it would be there beside the next chunk's
         ctx.save_for_backward(*(t for t in (d_h, d_w) if t is not None))
         ctx.which = (need_h, need_w)
         return loss

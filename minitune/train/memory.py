@@ -55,11 +55,11 @@ def beyond_weights(decoder: Decoder, tokens: int, kernel: Kernel, by_hand: bool,
     if recompute:
         strips = sum(strip_width(n.lora.A.shape[0]) for n in _attention(decoder) if n.lora is not None) * by_hand
         kept, working = (len(layers) * H + strips) * size, working + max(layers)
-    chunk, width = 256 if by_hand and recompute else chunk_of(decoder), config.vocab_size + decoder.padding
+    chunk, width = 512 if by_hand and recompute else chunk_of(decoder), config.vocab_size + decoder.padding
     if kernels.why_not(decoder.device):
         logits = min(tokens, chunk) * width * (size + 8)  # and in float32, twice
     else:
-        logits = min(tokens, 2 * chunk) * width * size  # the last chunk's are still there
+        logits = min(tokens, chunk) * width * size
     mask = tokens * tokens * (size + 1) if kernel == "masked" else 0
     learning = 0
     for parameter in decoder.parameters():

@@ -46,9 +46,10 @@ def pack_loss(decoder: Decoder, pack: Pack, dropout: Dropout | None = None, chun
 def chunk_of(decoder: Decoder) -> int:
     """Rows of logits at a time: on the CPU, what fits the cache; on a card, what fills it, less where memory is short
     (`model.fused`, recomputed) or they are float32, since no kernel turns them into their gradient in place."""
-    if decoder.device.type == "cpu" or (decoder.stack is not None and not decoder.stack.keep):
+    if decoder.device.type == "cpu":
         return 256
-    return 512 if kernels.why_not(decoder.device) else 2048
+    small = kernels.why_not(decoder.device) or (decoder.stack is not None and not decoder.stack.keep)
+    return 512 if small else 2048
 
 
 def recompute_layers(decoder: Decoder) -> None:
