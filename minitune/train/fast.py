@@ -117,7 +117,8 @@ def quicken(
     """(the step, captured where it can be; a line that says so). The run is where it begins: what a checkpoint holds
     has been read. All of the run's steps count, also those already done, so that a resumed run computes the same."""
     decoder, reason = step.decoder, ""
-    if decoder.stack is None:
+    by_hand = getattr(step, "stack", None) is not None
+    if decoder.stack is None and not by_hand:
         reason = why_plain(decoder)
     if decoder.device.type != "cuda":
         return step, f"plain step: {reason}"
@@ -125,7 +126,7 @@ def quicken(
     several = total - len(plan)
     if not len(plan):
         return step, "plain step: every step is several packs; raise --tokens_per_pack to have it captured"
-    if several and decoder.lora_config is None:  # a plain step's gradients would lie beside the graph's
+    if several and decoder.lora_config is None and not by_hand:  # a plain step's gradients would lie beside the graph's
         what = f"every parameter learns, and {several:,} steps are several packs, which would take the memory twice"
         return step, f"plain step: {what}; raise --tokens_per_pack to have it captured"
     sizes = [(t, d, s) for t, d, s in plan[:, 2:].tolist()]
