@@ -61,6 +61,7 @@ def check_settings(config: TrainConfig) -> None:
     for name in ("early_stopping_patience", "load_best_model_at_end"):
         if getattr(config, name) and not (config.eval_data or config.eval_fraction or config.eval_rows):
             raise UserError(f"{name} needs held-out rows; add --eval_fraction 0.05, or --eval_data FILE")
+    check_optimizer(config)
     check_trackers(config.track)
     for name in ("data", "eval_data"):  # before a download of gigabytes
         for path in files_of(getattr(config, name)):
@@ -68,6 +69,16 @@ def check_settings(config: TrainConfig) -> None:
                 raise UserError(f"{path}: no such file")
     if config.watch:
         read_prompts(Path(config.watch))
+
+
+def check_optimizer(config: TrainConfig) -> None:
+    """UserError for an optimizer that does not go with the rest."""
+    if config.optim in ("auto", "adamw"):
+        return
+    if config.method != "full":
+        raise UserError(f"optim {config.optim} is for --method full; an adapter's moments are small: leave it out")
+    if config.dtype == "float16":
+        raise UserError(f"optim {config.optim} rounds into bfloat16 weights; use --dtype bfloat16, or --optim adamw")
 
 
 def check_output(output: Path, config: TrainConfig) -> Path | None:

@@ -110,6 +110,10 @@ class FullStep(TrainStep):
             for index, matrix in enumerate(optimizer.matrices):
                 matrix.register_post_accumulate_grad_hook(lambda p, i=index: self._used(i, p))  # type: ignore[misc]
 
+    @property
+    def by_hand(self) -> bool:
+        return self.stack is not None
+
     def _used(self, index: int, matrix: Tensor) -> None:
         """A gradient of autograd's is there."""
         assert isinstance(self.optimizer, AdamW8) and matrix.grad is not None

@@ -25,8 +25,10 @@ from minitune.model.attention import choose_kernel
 from minitune.model.decoder import Decoder
 from minitune.model.fused import FusedStack
 from minitune.model.lora import LoraConfig, attach
-from minitune.train import ahead, fast, memory
+from minitune.train import ahead, fast, full, memory
+from minitune.train.full_step import FullStep
 from minitune.train.optim import AdamW, LossScale
+from minitune.train.optim8 import AdamW8
 from minitune.train.step import TrainStep, recompute_layers
 
 
@@ -91,7 +93,7 @@ def training_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     return choose_dtype(config.dtype, device)
 
 
-def build(config: TrainConfig, ready: Prepared, decoder: Decoder) -> tuple[Decoder, AdamW, TrainStep]:
+def build(config: TrainConfig, ready: Prepared, decoder: Decoder) -> tuple[Decoder, AdamW | AdamW8, TrainStep]:
     """The decoder of the base weights with what learns, its optimizer, and the step."""
     decoder.train()
     highest = max(ready.learn.highest, ready.held_out.highest)
@@ -102,16 +104,17 @@ def build(config: TrainConfig, ready: Prepared, decoder: Decoder) -> tuple[Decod
     return (decoder, *equip(config, decoder, ready.learn))
 
 
-def equip(config: TrainConfig, decoder: Decoder, rows: EncodedRows) -> tuple[AdamW, TrainStep]:
+def equip(config: TrainConfig, decoder: Decoder, rows: EncodedRows) -> tuple[AdamW | AdamW8, TrainStep]:
     """What the decoder learns with: adapters where they are asked for, layers by hand where they serve, optimizer and
     step."""
     if config.method == "full":
-        parameters = list(decoder.requires_grad_(True).parameters())
-    else:
-        try:
-            parameters = attach(decoder, lora_of(config), config.seed)
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        whole = full.choose(config, decoder, full.load_of(config, rows))[1]
+        fast.settle_memory(sparing=whole < len(decoder.layers))
+        return full.equip(config, decoder, whole)
+    try:
+        parameters = attach(decoder, lora_of(config), config.seed)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     matrices: list[torch.Size] = []
     recompute = wants_recompute(config, decoder, rows)
     fast.settle_memory(sparing=recompute)
@@ -125,7 +128,7 @@ def equip(config: TrainConfig, decoder: Decoder, rows: EncodedRows) -> tuple[Ada
     step = TrainStep(
         decoder,
         optimizer,
-        dropout=config.lora_dropout if config.method == "lora" else 0.0,
+        dropout=config.lora_dropout,
         seed=config.seed,
         max_grad_norm=config.max_grad_norm,
         loss_scale=LossScale(decoder.device) if decoder.dtype == torch.float16 else None,
@@ -157,7 +160,8 @@ def wants_recompute(config: TrainConfig, decoder: Decoder, rows: EncodedRows) ->
 
 def make_loader(config: TrainConfig, rows: Sequence[Encoded], device: torch.device, shuffle: bool = True) -> Loader:
     # Small packs keep the CPU's caches and memory; a card wants long ones.
-    pack = config.tokens_per_pack if device.type != "cpu" else min(config.tokens_per_pack, 1024)
+    whole = device.type != "cpu" or config.optim == "adamw_8bit_in_backward"
+    pack = config.tokens_per_pack if whole else min(config.tokens_per_pack, 1024)
     return Loader(
         rows,
         rows_per_step=config.rows_per_step,
@@ -182,9 +186,9 @@ def count_steps(config: TrainConfig, loader: Loader) -> tuple[int, list[int]]:
     return sum(per_epoch[:-1]) + last, per_epoch
 
 
-def describe(config: TrainConfig, decoder: Decoder, optimizer: AdamW, total: int, loader: Loader) -> list[str]:
+def describe(config: TrainConfig, decoder: Decoder, step: TrainStep, total: int, loader: Loader) -> list[str]:
     """What is going to happen, a line each."""
-    learn = sum(p.numel() for p in optimizer.parameters)
+    learn = sum(p.numel() for p in step.optimizer.parameters)
     every = sum(p.numel() for p in decoder.parameters()) - (learn if config.method == "lora" else 0)
     kernel = choose_kernel(decoder.device, decoder.dtype, decoder.config.head_dim, loader.rows.longest)
     size = f"{config.tokens_per_step} tokens" if config.tokens_per_step else f"{config.rows_per_step} rows"
@@ -193,6 +197,8 @@ def describe(config: TrainConfig, decoder: Decoder, optimizer: AdamW, total: int
         f"{config.method}: {learn:,} of {every:,} parameters learn; {total} steps of {size}; "
         f"learning rate {config.resolved_learning_rate:g}; {kind} on {decoder.device}; {kernel} attention"
     ]
+    if isinstance(step, FullStep):
+        lines.append(full.said(config, step))
     if config.method == "lora" and decoder.config.family == "MiniCPMForCausalLM":
         lines.append(
             "note: stock transformers 5 can't open a MiniCPM base; `minitune export --format hf` writes one it opens"

@@ -19,12 +19,13 @@ from minitune.checkpoint.weights import choose_device
 from minitune.config import TrainConfig, UserError, to_yaml
 from minitune.data.loader import Loader, StepBatch
 from minitune.model.decoder import Decoder
-from minitune.train import fast
+from minitune.train import fast, full
 from minitune.train.ahead import Loading
 from minitune.train.checks import check_output, check_settings
 from minitune.train.clock import Clock, process_seconds
 from minitune.train.graph import CapturedStep
 from minitune.train.optim import AdamW, learning_rate_at
+from minitune.train.optim8 import AdamW8
 from minitune.train.prepare import Prepared, build, count_steps, describe, make_loader, prepare, training_dtype
 from minitune.train.report import Report, peak_memory_gib
 from minitune.train.state import check_same, identity
@@ -63,10 +64,15 @@ def train(config: TrainConfig, quiet: bool = False, answer: Answer | None = None
             dtype=str(training_dtype(config, device)).removeprefix("torch."),  # type: ignore[arg-type]
         )
         clock.begin("model")
-        decoder, optimizer, step = build(config, ready, loading.result())
+        loaded = loading.result()
+        if config.method == "full":
+            optim, _ = full.choose(config, loaded, full.load_of(config, ready.learn))
+            config = dataclasses.replace(config, optim=optim)
+        decoder, optimizer, step = build(config, ready, loaded)
         watch = Watch(config, ready.template, ready.tokenizer, decoder.config.max_position_embeddings, answer)
         loader = make_loader(config, ready.learn, device)
         total, per_epoch = count_steps(config, loader)
+        full.check_packs(config, loader, per_epoch, total)
         title = f"{config.model} · {config.method} → {config.output}"
         about = About(total, config.num_train_epochs, title, bool(len(ready.held_out)), watch.prompts)
         report = Report(output, total, config.logging_steps, device, choose(about, quiet), step.loss_scale is not None)
@@ -74,7 +80,7 @@ def train(config: TrainConfig, quiet: bool = False, answer: Answer | None = None
         try:
             if config.resume:
                 run.restore(checkpoint)
-            for line in [*ready.lines, *describe(config, decoder, optimizer, total, loader)]:
+            for line in [*ready.lines, *describe(config, decoder, step, total, loader)]:
                 report.say(line)
             if device.type == "cuda" and run.done < total:
                 clock.begin("capture")
@@ -100,7 +106,7 @@ class Run:
     config: TrainConfig
     ready: Prepared
     decoder: Decoder
-    optimizer: AdamW
+    optimizer: AdamW | AdamW8
     step: TrainStep | CapturedStep
     loader: Loader
     report: Report
