@@ -64,7 +64,8 @@ if AVAILABLE:
 
     from minitune.model.kernels import _mix32
 
-    @triton.jit(do_not_specialize=["programs"])  # that n and span divide by 16 makes loads wide
+    # that n and span divide by 16 makes loads wide; where a scalar lies does not matter
+    @triton.jit(do_not_specialize=["programs"], do_not_specialize_on_alignment=["part_ptr", "sum_ptr"])
     def _sum_squares(
         g_ptr, part_ptr, count_ptr, sum_ptr, bad_ptr, n, span, programs, B: tl.constexpr, P: tl.constexpr
     ):  # fmt: skip
@@ -95,7 +96,7 @@ if AVAILABLE:
         climbs = (draw.to(tl.float32) + 0.5) * 0.00390625 * (high - low) < a - low
         return tl.minimum(k + tl.where(climbs, 1.0, 0.0), most)
 
-    @triton.jit(do_not_specialize=["site"])
+    @triton.jit(do_not_specialize=["site"], do_not_specialize_on_alignment=["sum_ptr"])
     def _update(
         w_ptr, g_ptr, m_ptr, v_ptr, ms_ptr, vs_ptr, hyper_ptr, key_ptr, bad_ptr, sum_ptr,
         beta1, rest1, beta2, rest2, eps, max_norm, site, n, ROUND: tl.constexpr, R: tl.constexpr,
@@ -241,3 +242,14 @@ def round_stochastically(x: Tensor, draw: Tensor) -> Tensor:
     bits = x.view(torch.int32)
     finite = (bits & 0x7F800000) != 0x7F800000
     return (torch.where(finite, bits + (draw & 0xFFFF), bits) & -0x10000).view(torch.float32)
+
+
+def launch_all(dtype: torch.dtype) -> None:
+    """Both launches on `meta`, for `kernels.compiling`."""
+    n = 64 * BLOCK
+    with torch.device("meta"):
+        w, m, v = (torch.empty(n, dtype=kind) for kind in (dtype, torch.int8, torch.uint8))
+        scales, scalar, work = torch.empty(n // BLOCK), torch.empty(()), torch.empty(1 + PROGRAMS)
+        rule = Rule(torch.empty(3), torch.empty((), dtype=torch.int32), scalar, 0.9, 0.999, 1e-8, 1.0)
+    sum_squares(w, scalar, scalar, work)
+    update(w, w, Moments(m, v, scales, scales), rule, scalar, 1 << 20)

@@ -84,6 +84,21 @@ def compile_early(
         compile_kernels(empty.config, dtype, lora, documents, config.gradient_checkpointing != "true", pool)
 
 
+def compile_full_early(
+    config: TrainConfig, empty: Decoder, dtype: torch.dtype, device: torch.device, pool: Executor
+) -> None:
+    """The same where every parameter learns."""
+    if why_not_on(device) or full.why_not(empty):
+        return
+    from minitune.model.fused_compile import launch_full
+    from minitune.train import adamw8
+
+    with torch.cuda.device(device), fused.kernels.compiling(pool), torch.no_grad():
+        launch_full(empty.config, dtype, config.rows_per_step + 1)
+        if config.optim != "adamw":
+            adamw8.launch_all(dtype)
+
+
 def head_share(shape: DecoderConfig) -> float:
     """A position's multiplications in the head, a token's in the layers being 1."""
     queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from minitune.config import TrainConfig, UserError
 from minitune.data.loader import Pack
-from minitune.model import kernels
+from minitune.model import attention_kernels, full_kernels, fused_ops, kernels
 from minitune.model.decoder import Decoder, DecoderConfig
 from minitune.model.full import FullStack
-from minitune.train import full, full_step, step
+from minitune.model.fused_compile import launch_full
+from minitune.train import adamw8, full, full_step, step
 from minitune.train.full_step import FullStep
 from minitune.train.optim8 import AdamW8
 
@@ -245,6 +246,32 @@ def test_a_step_by_hand_is_autograds() -> None:
     assert torch.allclose(a.loss, b.loss, rtol=1e-5) and torch.allclose(a.grad_norm, b.grad_norm, rtol=1e-5)
     start = [p.detach() for p in decoder_of().parameters()]
     assert max(far(x - s, y - s) for x, y, s in zip(w, v, start, strict=True)) < 0.02
+
+
+@needs_triton
+def test_kernels_compiled_early_are_those_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is launched on `meta` has the constants and dtypes of a step over real tensors."""
+    seen: set[tuple[Any, ...]] = set()
+
+    def record(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        kinds = tuple(a.dtype if isinstance(a, Tensor) else type(a) for a in args)
+        seen.add((str(kernel.fn.__name__), kinds, tuple(options.items())))
+        if all(a.device.type != "meta" for a in args if isinstance(a, Tensor)):
+            kernel[grid](*args, **options)
+
+    for module in (fused_ops, attention_kernels, kernels, full_kernels, adamw8):
+        monkeypatch.setattr(module, "launch", record)
+    monkeypatch.setattr(adamw8, "by_kernel", lambda device: True)
+    monkeypatch.setattr(full_step, "layout_of", lambda pack, _: replace(step.layout_of(pack, decoder), kernel="short"))
+    decoder, pack = decoder_of(), pack_of([9, 20], 1)
+    optimizer = AdamW8(decoder.parameters(), replace(CONFIG, optim="adamw_8bit_in_backward"), True)
+    FullStep(decoder, optimizer, FullStack(decoder, 1)).run([pack], share_of([pack]))
+    ran = set(seen)
+    seen.clear()
+    with torch.no_grad():
+        launch_full(decoder.config, torch.float32, 2)
+        adamw8.launch_all(torch.float32)
+    assert ran == seen
 
 
 def test_what_does_not_go_together_is_refused() -> None:
