@@ -67,7 +67,7 @@ def train(config: TrainConfig, quiet: bool = False, answer: Answer | None = None
         loaded = loading.result()
         if config.method == "full":
             optim, _ = full.choose(config, loaded, full.load_of(config, ready.learn))
-            config = dataclasses.replace(config, optim=optim)
+            memory.config = config = dataclasses.replace(config, optim=optim)
         decoder, optimizer, step = build(config, ready, loaded)
         watch = Watch(config, ready.template, ready.tokenizer, decoder.config.max_position_embeddings, answer)
         loader = make_loader(config, ready.learn, device)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from minitune.config import TrainConfig, UserError
-from minitune.data.loader import Pack
+from minitune.data.loader import Pack, StepBatch
 from minitune.model import attention_kernels, full_kernels, fused_ops, kernels
 from minitune.model.decoder import Decoder, DecoderConfig
 from minitune.model.full import FullStack
 from minitune.model.fused_compile import launch_full
-from minitune.train import adamw8, full, full_step, step
+from minitune.train import adamw8, full, full_step, graph, step
 from minitune.train.full_step import FullStep
 from minitune.train.optim8 import AdamW8
 
@@ -272,6 +272,30 @@ def test_kernels_compiled_early_are_those_that_run(monkeypatch: pytest.MonkeyPat
         launch_full(decoder.config, torch.float32, 2)
         adamw8.launch_all(torch.float32)
     assert ran == seen
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("whole", [1, 2])
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit", "adamw_8bit_in_backward"])
+def test_captured_steps_are_steps_by_hand(optim: str, whole: int) -> None:
+    """bfloat16, packs that fill the capacity: six captured steps leave what six uncaptured ones do, bit for bit, with
+    the updates on a second stream and without; the loss is that of autograd's layers."""
+    config = replace(CONFIG, optim=optim)
+    packs = [pack_of([70, 58], i).to(torch.device("cpu")) for i in range(6)]
+    packs = [replace(p, predict=p.predict[:40], targets=p.targets[:40], supervised=40) for p in packs]
+    decoders = [decoder_of(dtype=torch.bfloat16) for _ in range(3)]
+    one, other = (full.equip(config, d, whole, beside=b)[1] for d, b in zip(decoders, (True, False), strict=False))
+    assert one.by_hand and other.by_hand
+    plain = full.equip(config, decoders[2], whole, by_hand=False)[1]
+    before = weights(one)
+    captured = graph.capture(one, [graph.Capacity(128, 3, 40)], packs[0], longest=70)
+    assert same(weights(one), before) and float(one.step_index) == 0
+    for i, pack in enumerate(packs):
+        batch = StepBatch([pack], 2)
+        got, want, rough = (step(batch, 1e-3 / (i + 1)) for step in (captured, other, plain))
+        assert torch.equal(got.loss, want.loss) and torch.equal(got.grad_norm, want.grad_norm)
+        assert float(got.loss) == pytest.approx(float(rough.loss), rel=0.03) and not float(got.skipped)
+    assert captured.plain_steps == 0 and same(weights(one), weights(other)) and not same(weights(one), before)
 
 
 def test_what_does_not_go_together_is_refused() -> None:
