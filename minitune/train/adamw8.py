@@ -11,7 +11,7 @@ is needed:
 All that becomes fewer bits is rounded to one of its two neighbours with the probability that makes it right on average
 (for bfloat16 weights: Zamirai et al. 2021, https://arxiv.org/abs/2010.06192). Plain rounding would lose every change
 smaller than half a step: v decays by a thousandth a step, and its code's steps are a hundredth. A value draws 32 bits
-from (seed, step, parameter, place), none twice: 16 round the weight, 8 each moment.
+from (seed, step, counter), a counter for each value of the model (of 2³² values): 16 round the weight, 8 each moment.
 
 Legend: n values of a parameter, G blocks.
 """
@@ -96,10 +96,10 @@ if AVAILABLE:
         climbs = (draw.to(tl.float32) + 0.5) * 0.00390625 * (high - low) < a - low
         return tl.minimum(k + tl.where(climbs, 1.0, 0.0), most)
 
-    @triton.jit(do_not_specialize=["site"], do_not_specialize_on_alignment=["sum_ptr"])
+    @triton.jit(do_not_specialize=["first"], do_not_specialize_on_alignment=["sum_ptr"])
     def _update(
         w_ptr, g_ptr, m_ptr, v_ptr, ms_ptr, vs_ptr, hyper_ptr, key_ptr, bad_ptr, sum_ptr,
-        beta1, rest1, beta2, rest2, eps, max_norm, site, n, ROUND: tl.constexpr, R: tl.constexpr,
+        beta1, rest1, beta2, rest2, eps, max_norm, first, n, ROUND: tl.constexpr, R: tl.constexpr,
     ):  # fmt: skip
         """R blocks of 256 values. See `update`."""
         square = tl.load(sum_ptr)
@@ -122,7 +122,7 @@ if AVAILABLE:
             w = tl.load(w_ptr + i, mask=ok, other=0.0).to(tl.float32)
             w = w * decay - rate * (m / (tl.sqrt(v) * second + eps))
             key = tl.load(key_ptr).to(tl.uint32, bitcast=True)
-            draw = _mix32(_mix32(i.to(tl.uint32) ^ site.to(tl.uint32)) ^ key)
+            draw = _mix32(_mix32(i.to(tl.uint32) + first.to(tl.uint32)) ^ key)
             if ROUND:
                 bits = w.to(tl.uint32, bitcast=True)
                 finite = (bits & 0x7F800000) != 0x7F800000
@@ -169,23 +169,24 @@ def sum_squares_plain(g: Tensor, out: Tensor, bad: Tensor) -> None:
     bad.copy_(torch.where(torch.isfinite(out), bad, torch.ones_like(bad)))
 
 
-def update(w: Tensor, g: Tensor, state: Moments, rule: Rule, square: Tensor, site: int) -> None:
+def update(w: Tensor, g: Tensor, state: Moments, rule: Rule, square: Tensor, first: int) -> None:
     """AdamW's step of one parameter, in place: w (bfloat16, rounded stochastically, or float32), its moments.
 
     g: the gradient, contiguous, of w's size; it is shortened to `rule.max_norm` where √square is longer (square:
-    float32 scalar). Nothing is done where that is not finite. site: the parameter's hash, as an int32.
+    float32 scalar). Nothing is done where that is not finite. first: the counter of its first
+    value's draw, an int32; the next values have the next ones.
     """
     blocks = state.m_scale.numel()
     launch(
         _update, (-(-blocks // ROWS),),
         w, g, *state, rule.hyper, rule.key, rule.bad, square,
-        rule.beta1, 1 - rule.beta1, rule.beta2, 1 - rule.beta2, rule.eps, rule.max_norm, site, w.numel(),
+        rule.beta1, 1 - rule.beta1, rule.beta2, 1 - rule.beta2, rule.eps, rule.max_norm, first, w.numel(),
         ROUND=w.dtype == torch.bfloat16, R=ROWS, num_warps=WARPS,
     )  # fmt: skip
 
 
 @torch.no_grad()
-def update_plain(w: Tensor, g: Tensor, state: Moments, rule: Rule, square: Tensor, site: int) -> None:
+def update_plain(w: Tensor, g: Tensor, state: Moments, rule: Rule, square: Tensor, first: int) -> None:
     """`update` in plain torch, operation for operation."""
     w, g = w.view(-1), g.reshape(-1)
     go = (rule.bad == 0) & torch.isfinite(square)
@@ -195,12 +196,12 @@ def update_plain(w: Tensor, g: Tensor, state: Moments, rule: Rule, square: Tenso
     for at in range(0, w.numel(), CHUNK):
         some, blocks = slice(at, at + CHUNK), slice(at // BLOCK, (at + CHUNK) // BLOCK)
         part = Moments(state.m[some], state.v[some], state.m_scale[blocks], state.v_scale[blocks])
-        new = _updated(w[some], g[some].float() * shrink, part, rule, at, site)
+        new = _updated(w[some], g[some].float() * shrink, part, rule, at, first)
         for old, value in zip((w[some], *part), new, strict=True):
             old.copy_(torch.where(go, value, old))
 
 
-def _updated(w: Tensor, g: Tensor, state: Moments, rule: Rule, at: int, site: int) -> tuple[Tensor, ...]:
+def _updated(w: Tensor, g: Tensor, state: Moments, rule: Rule, at: int, first: int) -> tuple[Tensor, ...]:
     """(w, m, v, m_scale, v_scale) of values from place `at` on."""
     n, (rate, second, decay) = w.numel(), rule.hyper
     each = torch.arange(n, device=w.device) // BLOCK  # a value's block
@@ -213,7 +214,7 @@ def _updated(w: Tensor, g: Tensor, state: Moments, rule: Rule, at: int, site: in
     new = w.float() * decay - rate * (m / (v.sqrt() * second + rule.eps))
 
     place = torch.arange(at, at + n, dtype=torch.int32, device=w.device)
-    draw = mix32(mix32(place ^ site) ^ rule.key)
+    draw = mix32(mix32(place + first) ^ rule.key)
     if w.dtype == torch.bfloat16:
         new = round_stochastically(new, draw)
     top_m, top_v = (_tops(t, state.m_scale.numel()) for t in (m.abs(), v))

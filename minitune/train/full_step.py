@@ -164,7 +164,7 @@ class FullStep(TrainStep):
             return self.stack.norm_grad
         assert isinstance(self.optimizer, AdamW8)
         norms = self.optimizer.norms
-        return torch.cat([p.grad.float().reshape(-1) for p in norms if p.grad is not None]) if norms else torch.zeros(0)
+        return torch.cat([p.grad.float().reshape(-1) for p in norms if p.grad is not None])
 
     def _hand_over(self) -> None:
         """Gradients made by hand become the parameters'."""

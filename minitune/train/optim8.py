@@ -30,9 +30,8 @@ FLOATS = ("m_scale", "v_scale", "masters", "vector_m", "vector_v")
 
 
 class AdamW8:
-    """parameters: what learns, in an order that is the same in each run of a model (a matrix's number decides its
-    draws). Vectors' data are laid into one tensor. Raises ValueError for float16: its range is too small to round in.
-    """
+    """parameters: what learns, in an order that is the same in each run of a model: it decides the draws. Vectors' data
+    are laid into one tensor. Raises ValueError for float16: its range is too small to round in."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], config: TrainConfig, in_backward: bool):
         self.parameters, self.in_backward = list(parameters), in_backward
@@ -41,10 +40,10 @@ class AdamW8:
         device, dtype = self.matrices[0].device, self.matrices[0].dtype
         if dtype == torch.float16:
             raise ValueError("8-bit AdamW rounds into bfloat16 weights (or leaves float32 ones); use --dtype bfloat16")
-        self.betas, self.eps, self.decay = (config.adam_beta1, config.adam_beta2), config.adam_epsilon, 0.0
+        self.betas, self.eps = (config.adam_beta1, config.adam_beta2), config.adam_epsilon
         self.decay, self.max_norm = config.weight_decay, config.max_grad_norm
         self.kernels = adamw8.by_kernel(device)
-        self.joined = torch.cat([p.detach().reshape(-1) for p in self.norms]) if self.norms else torch.zeros(0)
+        self.joined = torch.cat([p.detach().reshape(-1) for p in self.norms])
         at = 0
         for p in self.norms:
             p.data = self.joined[at : at + p.numel()].view(p.shape)
@@ -55,17 +54,15 @@ class AdamW8:
         self.m_scale, self.v_scale = empty(sum(blocks)), empty(sum(blocks))
         self.masters = self.joined.to(device, torch.float32, copy=True)
         self.vector_m, self.vector_v = torch.zeros_like(self.masters), torch.zeros_like(self.masters)
-        self.moments, first = [], 0
+        self.moments, self.firsts, first = [], [], 0
         for p, count in zip(self.matrices, blocks, strict=True):
             some, own = slice(first * BLOCK, first * BLOCK + p.numel()), slice(first, first + count)
             self.moments.append(Moments(self.m[some], self.v[some], self.m_scale[own], self.v_scale[own]))
+            self.firsts.append((first * BLOCK + (1 << 31)) % (1 << 32) - (1 << 31))  # as an int32
             first += count
         self.rate, self.count = empty(()), empty((), dtype=torch.float64)
         self.squares, self.work = empty(len(self.matrices) + 1), empty(1 + PROGRAMS)  # the last one is the vectors'
-        self.rule = Rule(
-            empty(3), empty((), dtype=torch.int32), empty(()), *self.betas, self.eps, self.max_norm
-        )  # fmt: skip
-        self.sites = _sites(len(self.matrices))
+        self.rule = Rule(empty(3), empty((), dtype=torch.int32), empty(()), *self.betas, self.eps, self.max_norm)
         self.seed = config.seed
 
     def open(self, loss: Tensor, step_index: Tensor) -> None:
@@ -95,7 +92,7 @@ class AdamW8:
 
     def update(self, index: int, grad: Tensor, square: Tensor) -> None:
         function = adamw8.update if self.kernels else adamw8.update_plain
-        function(self.matrices[index].data, grad, self.moments[index], self.rule, square, self.sites[index])
+        function(self.matrices[index].data, grad, self.moments[index], self.rule, square, self.firsts[index])
 
     def close(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Ends a step inside backward with the gradient of all vectors (float32). (the global norm before clipping, 1
@@ -121,8 +118,6 @@ class AdamW8:
 
     def _vectors(self, g: Tensor, square: Tensor) -> None:
         """The vectors' update, in 32 bits; no weight decay."""
-        if not self.norms:
-            return
         (beta1, beta2), rule = self.betas, self.rule
         go = (rule.bad == 0) & torch.isfinite(square)
         if self.max_norm:
@@ -144,8 +139,3 @@ class AdamW8:
         """What a captured step reads and writes, each by its name and how it is found."""
         names = ("rate", "count", "squares", "work", "joined", *BYTES, *FLOATS)
         return [(name, partial(getattr, self, name)) for name in names]
-
-
-def _sites(count: int) -> list[int]:
-    """A hash for each matrix's number."""
-    return [int(x) for x in mix32(torch.arange(1, count + 1, dtype=torch.int32) * -0x61C88647)]

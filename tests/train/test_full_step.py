@@ -230,6 +230,18 @@ def test_it_goes_on_from_its_state_bit_for_bit(optim: str, tmp_path: Path) -> No
     assert same(weights(straight), weights(other))
 
 
+def test_no_counter_is_drawn_twice() -> None:
+    """Each matrix has counters of its own, as many as values."""
+    from minitune.train.adamw8 import BLOCK
+
+    optimizer = AdamW8(decoder_of().parameters(), CONFIG, False)
+    ends = 0
+    for first, matrix in zip(optimizer.firsts, optimizer.matrices, strict=True):
+        assert ends <= first < 1 << 31
+        ends = first + matrix.numel()
+    assert ends <= len(optimizer.m) == BLOCK * len(optimizer.m_scale)
+
+
 @needs_triton
 def test_a_step_by_hand_is_autograds() -> None:
     """float32 weights, both ways, with the optimizer inside backward: the same loss and norm, nearly the same weights

@@ -63,15 +63,15 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [t for v in value for t in tensors_in(v)] if isinstance(value, tuple) else []
 
 
-@pytest.mark.parametrize("kind", ["lora", "all-linear", "full", "by hand", "by hand, recomputed"])
+@pytest.mark.parametrize("kind", ["lora", "all-linear", "full", "by hand", "by hand, recomputed", "full by hand"])
 def test_what_a_layer_keeps(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes a token and layer, by the difference of two lengths: of the tensors that autograd saves, and of those that
     `model.fused` does."""
     decoder = decoder_on("cpu", torch.bfloat16)
-    by_hand = kind.startswith("by hand")
+    by_hand = "by hand" in kind
     if kind == "all-linear":
         attach(decoder, LoraConfig(4, target_modules="all-linear"))
-    if kind == "full":
+    if kind.startswith("full"):
         for linear in decoder.linears():
             linear.lora = None
         decoder.lora_config = None
@@ -79,10 +79,15 @@ def test_what_a_layer_keeps(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stack: Any = None
     if by_hand:
         pytest.importorskip("triton", reason="Triton is not installed (pip install triton runs this)")
+        from minitune.model.full import FullStack
         from minitune.model.fused import FusedStack
+        from minitune.model.fused_compile import Nowhere
 
-        decoder = decoder_on("cpu", torch.float16)
-        decoder.stack = stack = FusedStack(decoder, keep=kind == "by hand")
+        if kind == "full by hand":
+            stack = FullStack(decoder.to(torch.float16), len(decoder.layers))
+        else:
+            decoder = decoder_on("cpu", torch.float16)
+            decoder.stack = stack = FusedStack(decoder, keep=kind == "by hand")
 
     def kept(tokens: int) -> int:
         ids, positions = torch.zeros(tokens, dtype=torch.int64), torch.arange(tokens)
@@ -99,7 +104,11 @@ def test_what_a_layer_keeps(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
                 return out
 
             monkeypatch.setattr(stack, "layer_forward", forward)
-            decoder.hidden(ids, positions, layout, dropout)
+            if kind == "full by hand":
+                sink, share = Nowhere(False), torch.ones(())
+                stack.learn(ids, positions, layout, ids[:4], ids[:4], share, sink, 4)
+            else:
+                decoder.hidden(ids, positions, layout, dropout)
         else:
             with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t.detach()) or t, lambda t: t):
                 decoder.hidden(ids, positions, layout, dropout)
