@@ -7,7 +7,8 @@ gave, gate|up and two hidden states; another one its input alone, and the rest i
 are always computed again: they cost a pass over a hidden state.
 
 The tied embedding's gradient is the head's part, then the input rows'. Where gradients have no buffer, the logits'
-gradient is kept instead and the matrix [V, H] made at the end, when no layer's activations are there any more.
+gradient is kept while it is the smaller one, and the matrix [V, H] made at the end, when no layer's activations are
+there any more.
 
 Legend: T tokens, P supervised positions, H hidden, V vocabulary, W vocabulary with padding, X inputs, Y outputs.
 """
@@ -113,7 +114,7 @@ class FullStack(FusedStack):
         sink: Sink, chunk: int,
     ) -> tuple[Tensor, Tape]:  # fmt: skip
         """(the summed cross-entropy, float32 scalar; what `backward` goes on with). Gradients are those of the sum
-        times `share` (float32 scalar). chunk: positions whose logits exist at once, where the sink is buffered."""
+        times `share` (float32 scalar). chunk: positions whose logits exist at once, where they are not kept."""
         decoder, config = self.decoder, self.decoder.config
         length_T = layout.length_T(ids_T.shape[0]) if decoder.rope.needs_length else None
         ctx = Context(*decoder.rope(positions_T, length_T), layout, None)
@@ -136,7 +137,9 @@ class FullStack(FusedStack):
         head_WH, vocab = self.head_WH, self.decoder.head_weight.shape[0]
         shared_PH, d_PH = (h_PH.float() * share).to(h_PH.dtype), torch.empty_like(h_PH)
         loss = torch.zeros((), dtype=torch.float32, device=h_PH.device)
-        chunk = chunk if sink.buffered else max(1, h_PH.shape[0])
+        positions, width = h_PH.shape
+        at_once = sink.buffered or positions > width  # then the gradient [V, H] is the smaller thing to keep
+        chunk = chunk if at_once else max(1, positions)
         logits = None
         for at in range(0, h_PH.shape[0], chunk):
             some = slice(at, at + chunk)
@@ -144,10 +147,10 @@ class FullStack(FusedStack):
             logits = torch.mm(h_PH[some], head_WH.t())
             loss += kernels.cross_entropy_(logits, targets_P[some], vocab, grad=True).sum()
             torch.mm(logits, head_WH, out=d_PH[some])
-            if sink.buffered:
+            if at_once:
                 self._add_head(logits, shared_PH[some], sink, None if at == 0 else 1.0)
         d_PH.copy_(d_PH.float() * (share / self.decoder.config.logits_scaling))
-        return loss, shared_PH, d_PH, None if sink.buffered else logits
+        return loss, shared_PH, d_PH, None if at_once else logits
 
     def _add_head(self, d_logits_PW: Tensor, h_PH: Tensor, sink: Sink, beta: float | None) -> None:
         """The head's gradient; beta: what the sink says where it is None."""
@@ -192,6 +195,7 @@ class FullStack(FusedStack):
         slots, layer, m = self.slots[i], self.layer(i), self.gain
         qkv_, o_, gate_up_, down_ = (slots[kind] for kind in Slot.KINDS)
         x1, x2, attention, gate_up = kept
+        del kept
         if x2 is None or gate_up is None:
             _, (_, _, *attention), _ = self.attention(i, x1, None, ctx)  # type: ignore[assignment]
             x2, (_, _, gate_up) = self.mlp(i, x1, o_.forward(attention[-1]), ctx)
@@ -210,7 +214,7 @@ class FullStack(FusedStack):
         d_out = torch.mm(d, o_.wide)
         self._weight(4 * i + 2, d, out, m, sink)
         d_qkv = self.attention_backward(i, d_out, qkv, state, out, ctx)
-        del d_out, qkv, state, out, attention, kept
+        del d_out, qkv, state, out, attention
         d_n = torch.mm(d_qkv, qkv_.wide)
         _, n, rstd = norm_in(x1, None, m, layer.attn_norm, qkv_)
         self._weight(4 * i + 1, d_qkv, n, 1.0, sink)

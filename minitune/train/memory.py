@@ -99,9 +99,11 @@ def beyond_weights_full(decoder: Decoder, load: Load, optim: str, whole: int) ->
         learning = count * (size + 8 + (8 if size < 4 else 0))
     elif optim == "adamw_8bit":
         learning += count * size
+    chunk = min(load.positions, 512 if whole < layers else chunk_of(decoder)) * head
     if optim != "adamw_8bit_in_backward":
-        logits = min(load.positions, 512 if whole < layers else chunk_of(decoder)) * head
-        return load.tokens * (kept + working) + logits + learning + OVERHEAD
-    # logits are kept, two gradients are at hand; the embedding's comes when no activations are there
+        return load.tokens * (kept + working) + chunk + learning + OVERHEAD
+    # two gradients are at hand; the smaller of the logits' and the head's is kept (the latter comes late, or at once)
     learning += 2 * size * max(linear.weight.numel() for linear in decoder.linears())
+    if load.positions > H:
+        return load.tokens * (kept + working) + head * H + chunk + learning + OVERHEAD
     return max(load.tokens * (kept + working), head * H) + load.positions * head + learning + OVERHEAD

@@ -40,8 +40,8 @@ class AdamW8:
         device, dtype = self.matrices[0].device, self.matrices[0].dtype
         if dtype == torch.float16:
             raise ValueError("8-bit AdamW rounds into bfloat16 weights (or leaves float32 ones); use --dtype bfloat16")
-        self.betas, self.eps = (config.adam_beta1, config.adam_beta2), config.adam_epsilon
-        self.decay, self.max_norm = config.weight_decay, config.max_grad_norm
+        self.betas, self.eps = (float(config.adam_beta1), float(config.adam_beta2)), float(config.adam_epsilon)
+        self.decay, self.max_norm = config.weight_decay, float(config.max_grad_norm)
         self.kernels = adamw8.by_kernel(device)
         self.joined = torch.cat([p.detach().reshape(-1) for p in self.norms])
         at = 0

@@ -50,12 +50,12 @@ def decoder_of(tied: bool = True, dtype: torch.dtype = torch.float32) -> Decoder
     return decoder.requires_grad_(True).train()
 
 
-def pack_of(lengths: list[int], seed: int) -> Pack:
-    """Random ids, of which some come often; a third supervised."""
+def pack_of(lengths: list[int], seed: int, every: int = 3) -> Pack:
+    """Random ids, of which some come often; one in `every` supervised."""
     tokens, generator = sum(lengths), torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 97, (tokens,), generator=generator)
     ids[torch.rand(tokens, generator=generator) < 0.3] = 5
-    predict = torch.arange(0, tokens - 1, 3)
+    predict = torch.arange(0, tokens - 1, every)
     cu = torch.tensor([0, *lengths]).cumsum(0).int()
     positions = torch.cat([torch.arange(n) for n in lengths])
     targets = torch.randint(0, 97, (len(predict),), generator=generator)
@@ -115,12 +115,13 @@ def far(got: Tensor, want: Tensor) -> float:
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("tied", "whole", "buffered", "packs"),
-    [(True, 2, True, 2), (True, 1, False, 1), (False, 1, True, 1), (False, 2, False, 1)],
+    ("tied", "whole", "buffered", "packs", "every"),
+    [(True, 2, True, 2, 3), (True, 1, False, 1, 3), (False, 1, True, 1, 3), (False, 2, False, 1, 1)],
 )
-def test_by_hand_gives_autograds_gradients(tied: bool, whole: int, buffered: bool, packs: int) -> None:
-    """float32: the loss and each parameter's gradient, kept or recomputed, several packs added up."""
-    some = [pack_of([3, 66, 1], 1), pack_of([20, 9], 2)][:packs]
+def test_by_hand_gives_autograds_gradients(tied: bool, whole: int, buffered: bool, packs: int, every: int) -> None:
+    """float32: the loss and each parameter's gradient, kept or recomputed, several packs added up, few positions and
+    more than the model is wide."""
+    some = [pack_of([3, 72, 1], 1, every), pack_of([20, 9], 2)][:packs]
     want_loss, want, want_norms = by_autograd(decoder_of(tied), some)
     loss, got, got_norms = by_hand(decoder_of(tied), some, whole, buffered)
     assert far(loss, want_loss) < 1e-6 and far(got_norms, want_norms) < 5e-6
