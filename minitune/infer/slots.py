@@ -25,6 +25,7 @@ from minitune.model.cache import PAGE, DecodeLayout, PagedCache, Part, PrefillLa
 from minitune.model.decode import Columns, why_not
 from minitune.model.decoder import Decoder, Layer
 from minitune.model.lora import Choice
+from minitune.model.prefill import Piece, Prefill
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,22 @@ class Slots:
         self.columns = Columns(self.token_S, self.position_S, self.prompt_S, self.adapter_S, self.table_SP)
         self.plainly = why_not(decoder) if device.type in CAPTURED else "there is no card"
         self.captured = None if self.plainly else Captured(self, limit)
+        self.by_hand = None if self.plainly else Prefill(decoder, self.cache, self.columns, limit)
 
     def prepare(self, all_usual: bool) -> bool:
-        """Records a captured step, one that was asked for or any usual one; False: there is none to record."""
-        if self.captured is None:
-            return False
+        """Compiles what reads prompts, or records a captured step, one that was asked for or any usual one; False:
+        there is nothing to prepare."""
+        by_hand, captured = self.by_hand, self.captured
         try:
-            return self.captured.prepare(all_usual)
+            if by_hand is not None and not by_hand.ready and (all_usual or by_hand.asked):
+                by_hand.prepare()
+                return True
+            return captured is not None and captured.prepare(all_usual)
         except Exception as error:  # no memory, a compiler that fails: answers are given all the same
-            self.captured.drop()
+            if captured is not None:
+                captured.drop()
+            if by_hand is not None and not by_hand.ready:
+                self.by_hand = None
             self.captured, self.plainly = None, f"{type(error).__name__}: {error}"
             warnings.warn(f"decoding stays plain, which is slow: {self.plainly}", stacklevel=2)
             return False
@@ -124,30 +132,36 @@ class Slots:
     def prefill(self, parts: Items[tuple[Sequence, int]]) -> list[Drawn]:
         """Runs the ids of each sequence from `computed` up to the number beside it, all in one pack; a token for
         those whose ids end there."""
-        device = self.decoder.device
-        spans = [(s.computed, stop) for s, stop in parts]
-        ids = [token for (s, _), (start, stop) in zip(parts, spans, strict=True) for token in s.ids[start:stop]]
-        lengths = torch.tensor([stop - start for start, stop in spans], device=device)
-        slots_R = torch.tensor([s.slot for s, _ in parts], device=device)
-        slot_T = slots_R.repeat_interleave(lengths, output_size=len(ids))
-        position_T = torch.tensor([p for start, stop in spans for p in range(start, stop)], device=device)
-        length_T = torch.maximum(self.prompt_S[slot_T], position_T + 1)
-        pages = [Part(s.held.pages, start, stop) for (s, _), (start, stop) in zip(parts, spans, strict=True)]
-        layout = PrefillLayout(self.cache, pages, length_T)
-        self._choose([s for s, _ in parts], slot_T)
-        h_TH = self._hidden(torch.tensor(ids, device=device), position_T, layout)
-        ends, at = [], -1
-        for (sequence, stop), (start, _) in zip(parts, spans, strict=True):
-            at += stop - start
-            if stop == len(sequence.ids):
-                ends.append((sequence, at))
-        if not ends:
+        pieces = [Piece(s.slot, s.computed, s.ids[s.computed : stop], stop == len(s.ids)) for s, stop in parts]
+        done = [s for s, stop in parts if stop == len(s.ids)]
+        by_hand = self.by_hand
+        if by_hand is not None and by_hand.ready:
+            used = any(s.adapter >= 0 for s, _ in parts)
+            scores_BV = by_hand.run(pieces, self.choice if used else None)
+        else:
+            if by_hand is not None:
+                by_hand.asked = True
+            scores_BV = self._plain_prefill([s for s, _ in parts], pieces)
+        if scores_BV is None:
             return []
-        done = [sequence for sequence, _ in ends]
-        rows_B = torch.tensor([s.slot for s in done], device=device)
+        rows_B = torch.tensor([s.slot for s in done], device=self.decoder.device)
         self.position_S[rows_B] += 1
-        h_BH = h_TH[torch.tensor([at for _, at in ends], device=device)]
-        return self._draw(self.decoder.head(h_BH), rows_B, done)
+        return self._draw(scores_BV, rows_B, done)
+
+    def _plain_prefill(self, sequences: Items[Sequence], pieces: Items[Piece]) -> Tensor | None:
+        """Scores [B, V] of the pieces that are asked for, by the decoder's layers; None where none is."""
+        device = self.decoder.device
+        spans = [range(piece.start, piece.start + len(piece.ids)) for piece in pieces]
+        ids_T = torch.tensor([token for piece in pieces for token in piece.ids], device=device)
+        position_T = torch.tensor([position for span in spans for position in span], device=device)
+        slot_T = torch.tensor([p.slot for p in pieces for _ in p.ids], device=device)
+        length_T = torch.maximum(self.prompt_S[slot_T], position_T + 1)
+        held = [Part(s.held.pages, span.start, span.stop) for s, span in zip(sequences, spans, strict=True)]
+        self._choose(sequences, slot_T)
+        h_TH = self._hidden(ids_T, position_T, PrefillLayout(self.cache, held, length_T))
+        ends = torch.tensor([len(span) for span in spans]).cumsum(0) - 1
+        asked = ends[torch.tensor([piece.asked for piece in pieces])]
+        return self.decoder.head(h_TH[asked.to(device)]) if len(asked) else None
 
     def decode(self, sequences: Items[Sequence]) -> list[Drawn]:
         """Runs the newest token of each ready sequence; the next one of each."""
