@@ -4,8 +4,8 @@
 
 check: scores of the captured steps beside the plain layers'. bf16, int4: whole answers through the engine to 1, 4, 16
 and 64 questions at once (mean context 192 at most), the first token of a 512-token prompt, seconds until all graphs
-are recorded. prefill: prompts by hand beside the plain layers, and where the time to a first token goes (--profile: by
-kernel). transformers: `generate` with its dynamic cache, the same shape and lengths. --profile: each kernel's time in a
+are recorded. prefill: prompts by hand beside the plain layers, and where the time to a first token goes.
+transformers: `generate` with its dynamic cache, the same shape and lengths. --profile: each kernel's time in a
 step and its bandwidth. --tune: other tiles than `decode.TILES`, the best named. A part that fails does not end the
 others.
 """
@@ -220,7 +220,7 @@ def check_prefill(decoder: Decoder, name: str) -> None:
 
 
 @torch.inference_mode()
-def prefill(decoder: Decoder, name: str, kernels: bool) -> None:
+def prefill(decoder: Decoder, name: str) -> None:
     """First tokens of 512 by hand and plainly; the host's and the device's share of a prefill."""
     check_prefill(decoder, name)
     engine = Engine(decoder, tokenizer(), slots=64, cache_tokens=64 * 384)
@@ -246,7 +246,7 @@ def prefill(decoder: Decoder, name: str, kernels: bool) -> None:
             found.append(((time.perf_counter() - start) * 1e3, (given - start) * 1e3))
         whole, host = min(found)
         print(f"   {count} x {length}: {whole:.2f} ms, of it the host's launches {host:.2f} ms", flush=True)
-        if kernels and (count, length) == (1, 512):
+        if (count, length) == (1, 512):
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
                 by_hand.run(by_row)
                 torch.cuda.synchronize()
@@ -445,7 +445,7 @@ def main() -> None:
         if "check" in parts:
             attempt(f"check {name}", lambda d=decoder, n=name: check(d, n))
         if "prefill" in parts:
-            attempt(f"prefill {name}", lambda d=decoder, n=name: prefill(d, n, arguments.profile))
+            attempt(f"prefill {name}", lambda d=decoder, n=name: prefill(d, n))
         if name in tuned:
             attempt(f"tune {name}", lambda d=decoder: tune(d))
         if arguments.profile:
