@@ -1,7 +1,8 @@
 """The device's side of the engine: what it holds for each running request, and the two computations over it.
 
 Everything a step needs lies in static tensors, a row a slot; `decode` reads and writes them by slot number. On a card
-`captured` does the same by hand, recorded and replayed. One fetch a computation brings the tokens to the host.
+`captured` does the same by hand, recorded and replayed, and `model.prefill` reads prompts by hand. One fetch a
+computation brings the tokens to the host.
 
 Legend: S slots + 1 (the last one idle), B rows, T tokens, H hidden, V vocabulary, P pages of a sequence.
 """
