@@ -4,7 +4,8 @@ Everything a step needs lies in static tensors, a row a slot; `decode` reads and
 `captured` does the same by hand, recorded and replayed, and `model.prefill` reads prompts by hand. One fetch a
 computation brings the tokens to the host.
 
-Legend: S slots + 1 (the last one idle), B rows, T tokens, H hidden, V vocabulary, P pages of a sequence.
+Legend: S slots + 1 (the last one idle), B rows, T tokens, H hidden, V vocabulary, P pages of a sequence,
+C columns.
 """
 
 from __future__ import annotations
@@ -49,14 +50,12 @@ class Slots:
         device, rows = decoder.device, slots + 1
         self.cache = PagedCache(decoder.config, pages, device, decoder.dtype)
 
-        def column(dtype: torch.dtype) -> Tensor:
-            return torch.zeros(rows, dtype=dtype, device=device)
-
-        self.token_S, self.position_S = column(torch.int64), column(torch.int64)
-        self.prompt_S, self.adapter_S = column(torch.int64), column(torch.int64)
-        self.temperature_S, self.top_p_S, self.min_p_S = (column(torch.float32) for _ in range(3))
-        self.top_k_S, self.key_S = column(torch.int64), column(torch.int32)
-        self.penalty_S = column(torch.float32)
+        # one tensor a kind, so that a sequence's row is written at once
+        self._whole_CS = torch.zeros(5, rows, dtype=torch.int64, device=device)
+        self._real_CS = torch.zeros(4, rows, dtype=torch.float32, device=device)
+        self.token_S, self.position_S, self.prompt_S, self.adapter_S, self.top_k_S = self._whole_CS.unbind()
+        self.temperature_S, self.top_p_S, self.min_p_S, self.penalty_S = self._real_CS.unbind()
+        self.key_S = torch.zeros(rows, dtype=torch.int32, device=device)
         self.table_SP = torch.zeros(rows, -(-limit // PAGE), dtype=torch.int64, device=device)
         self.seen_SV: Tensor | None = None  # which tokens a sequence holds; made when a penalty first asks for it
         self._batch: tuple[object, Tensor, list[tuple[Tensor | None, int]]] = ((), self.token_S[:0], [])
@@ -88,21 +87,19 @@ class Slots:
         chain, slot, sampling = sequence.held, sequence.slot, sequence.request.sampling
         if chain.copied is not None:
             self.cache.copy(*chain.copied)
-        for column, value in (
-            (self.token_S, sequence.ids[-1]),
-            (self.position_S, len(sequence.ids) - 1),
-            (self.prompt_S, sequence.handle.prompt_tokens),
-            (self.adapter_S, sequence.adapter),
-            (self.temperature_S, sampling.temperature),
-            (self.top_p_S, sampling.top_p),
-            (self.top_k_S, sampling.top_k),
-            (self.min_p_S, sampling.min_p),
-            (self.key_S, key_of(sequence.seed)),
-            (self.penalty_S, sampling.repetition_penalty),
-        ):
-            column[slot] = value
+        position, prompt = len(sequence.ids) - 1, sequence.handle.prompt_tokens
+        whole = [sequence.ids[-1], position, prompt, sequence.adapter, sampling.top_k]
+        real = [sampling.temperature, sampling.top_p, sampling.min_p, sampling.repetition_penalty]
+        self._whole_CS[:, slot] = self._there(whole)
+        self._real_CS[:, slot] = self._there(real)
+        self.key_S[slot].fill_(key_of(sequence.seed))
         self.write_pages(sequence)
         self._mark(sequence, sequence.ids)
+
+    def _there(self, numbers: Items[int] | Items[float]) -> Tensor:
+        """Numbers on the device, which is not waited for."""
+        device = self.decoder.device
+        return torch.tensor(numbers, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
     def restore(self, sequence: Sequence) -> None:
         """Sets a slot to what the host knows of its sequence, whatever the device has gone on to."""
@@ -123,7 +120,7 @@ class Slots:
     def write_pages(self, sequence: Sequence) -> None:
         """The row of the page table, after it grew."""
         pages = sequence.held.pages
-        self.table_SP[sequence.slot, : len(pages)] = torch.tensor(pages, device=self.table_SP.device)
+        self.table_SP[sequence.slot, : len(pages)] = self._there(pages)
 
     def write_last_page(self, sequence: Sequence) -> None:
         """The same where one page was added: a number, which does not wait for the device."""
@@ -145,7 +142,7 @@ class Slots:
             scores_BV = self._plain_prefill([s for s, _ in parts], pieces)
         if scores_BV is None:
             return []
-        rows_B = torch.tensor([s.slot for s in done], device=self.decoder.device)
+        rows_B = self._there([s.slot for s in done])
         self.position_S[rows_B] += 1
         return self._draw(scores_BV, rows_B, done)
 
