@@ -54,7 +54,7 @@ class Pack(NamedTuple):
 
 class Room(NamedTuple):
     """What a layer writes, each [T, width]: the residual stream, its norm, q|k|v, attention's output, what goes back
-    into the stream, gate|up, their product; and 1/rms [T]."""
+    into the stream, gate|up, their product, 1/rms."""
 
     x: Tensor
     n: Tensor
@@ -146,12 +146,15 @@ class Prefill:
         hidden, width = config.hidden_size, config.intermediate_size
         every = query + 2 * self.kv_heads * self.head_dim
 
-        def made(*shape: int, kind: torch.dtype = self.decoder.dtype) -> Tensor:
-            return torch.empty(shape, dtype=kind, device=self.decoder.device)
+        def made(*widths: int, kind: torch.dtype = self.decoder.dtype) -> list[Tensor]:
+            """[tokens, width] of each, in the same memory."""
+            flat = torch.empty(tokens * max(widths), dtype=kind, device=self.decoder.device)
+            return [flat[: tokens * width].view(tokens, width) for width in widths]
 
-        x, n, qkv, y = made(tokens, hidden), made(tokens, hidden), made(tokens, every), made(tokens, query)
-        gate_up, act = made(tokens, 2 * width), made(tokens, width)
-        return Room(x, n, qkv, y, made(tokens, hidden), gate_up, act, made(tokens, kind=torch.float32))
+        # attention's and the MLP's are never needed at once
+        (x,), (n,), (back,), (rstd,) = made(hidden), made(hidden), made(hidden), made(1, kind=torch.float32)
+        (qkv, gate_up), (y, act) = made(every, 2 * width), made(query, width)
+        return Room(x, n, qkv, y, back, gate_up, act, rstd)
 
     def _layers(self, pack: Pack, choice: Choice | None) -> Tensor | None:
         decoder, room = self.decoder, self._room(len(pack.id_T))
