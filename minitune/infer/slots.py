@@ -24,6 +24,7 @@ from minitune.infer.draw import Settings, draw, draw_one, key_of, kind_of
 from minitune.infer.request import TokenLogprob
 from minitune.infer.schedule import Sequence
 from minitune.model.cache import PAGE, DecodeLayout, PagedCache, Part, PrefillLayout
+from minitune.model.contract import Contract
 from minitune.model.decode import Columns, why_not
 from minitune.model.decoder import Decoder, Layer
 from minitune.model.lora import Choice
@@ -62,6 +63,7 @@ class Slots:
         self.columns = Columns(self.token_S, self.position_S, self.prompt_S, self.adapter_S, self.table_SP)
         self.plainly = why_not(decoder) if device.type in CAPTURED else "there is no card"
         self.captured = None if self.plainly else Captured(self, limit)
+        self.contract: Contract | None = None  # what recorded prompts rest on
         self.by_hand = None if self.plainly else Prefill(decoder, self.cache, self.columns, limit)
 
     def prepare(self, all_usual: bool) -> bool:
@@ -69,8 +71,9 @@ class Slots:
         there is nothing to prepare."""
         by_hand, captured = self.by_hand, self.captured
         try:
-            if by_hand is not None and not by_hand.ready and (all_usual or by_hand.asked):
-                by_hand.prepare()
+            if by_hand is not None and (all_usual or by_hand.asked) and by_hand.prepare():
+                if self.contract is None and captured is not None:
+                    self.contract = captured.contract = captured._contract()
                 return True
             return captured is not None and captured.prepare(all_usual)
         except Exception as error:  # no memory, a compiler that fails: answers are given all the same
@@ -136,6 +139,8 @@ class Slots:
         if by_hand is not None and by_hand.ready:
             used = any(s.adapter >= 0 for s, _ in parts)
             scores_BV = by_hand.run(pieces, self.choice if used else None)
+            if self.contract is not None:
+                self.contract.check()  # the device computes meanwhile
         else:
             if by_hand is not None:
                 by_hand.asked = True

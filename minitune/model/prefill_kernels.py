@@ -23,13 +23,14 @@ if AVAILABLE:
         qkv_ptr, cos_ptr, sin_ptr, position_ptr, slot_ptr, table_ptr, keys_ptr, values_ptr, table_stride,
         N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BK: tl.constexpr,
     ):  # fmt: skip
-        """A token a program: its key heads, rotated in float32, and value heads into its place; BK >= K."""
+        """A token a program: its key heads, rotated in float32, and value heads into its place; BK >= K. Position -1:
+        a token that pads, and has no place."""
         F: tl.constexpr = D // 2
         t = tl.program_id(0)
         head = tl.arange(0, BK)[:, None]
         f = tl.arange(0, F)[None, :]
-        ok = head < K
         position = tl.load(position_ptr + t)
+        ok = head < tl.where(position >= 0, K, 0)
         page = tl.load(table_ptr + tl.load(slot_ptr + t) * table_stride + position // PAGE)
         place = (page * PAGE + position % PAGE) * (K * D)
         qkv_ptr += t * ((N + 2 * K) * D) + N * D
@@ -92,5 +93,6 @@ if AVAILABLE:
             total = total * fade + tl.sum(p, 1)
             acc = acc * fade[:, None] + _dot(p.to(v.dtype), v)
             top = higher
-        y = (acc / total[:, None]).to(y_ptr.dtype.element_ty)
+        # a sum is at least 1, but 0 in a block without rows
+        y = (acc / tl.maximum(total, 1.0)[:, None]).to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + t * (N * D) + head * D + d, y, mask=ok)
