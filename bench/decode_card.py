@@ -221,7 +221,7 @@ def check_prefill(decoder: Decoder, name: str) -> None:
         agree = int((scores.argmax(-1) == plain.argmax(-1)).sum())
         equal = all(torch.equal(replayed[0], one) for one in replayed)
         print(f"check prefill {name}: {kind}: distance {far:.4f}, recorded {graph_far:.4f}, keys {held_far[0]:.4f}, "
-              f"values {held_far[1]:.4f}, likeliest equal {agree} of {len(spans)}, replays {equal}", flush=True)  # fmt: skip
+              f"values {held_far[1]:.4f}, likeliest {agree} of {len(spans)}, replays equal {equal}")  # fmt: skip
 
 
 @torch.inference_mode()
