@@ -64,7 +64,7 @@ class Slots:
         self.plainly = why_not(decoder) if device.type in CAPTURED else "there is no card"
         self.captured = None if self.plainly else Captured(self, limit)
         self.contract: Contract | None = None  # what recorded prompts rest on
-        self.by_hand = None if self.plainly else Prefill(decoder, self.cache, self.columns, limit)
+        self.by_hand = None if self.plainly else Prefill(decoder, self.cache, self.columns, limit, choice)
 
     def prepare(self, all_usual: bool) -> bool:
         """Compiles what reads prompts, or records a captured step, one that was asked for or any usual one; False:
@@ -137,8 +137,7 @@ class Slots:
         done = [s for s, stop in parts if stop == len(s.ids)]
         by_hand = self.by_hand
         if by_hand is not None and by_hand.ready:
-            used = any(s.adapter >= 0 for s, _ in parts)
-            scores_BV = by_hand.run(pieces, self.choice if used else None)
+            scores_BV = by_hand.run(pieces, any(s.adapter >= 0 for s, _ in parts))
             if self.contract is not None:
                 self.contract.check()  # the device computes meanwhile
         else:

@@ -3,7 +3,7 @@
 What `Decoder.hidden` and `head` compute with `cache.PrefillLayout`: the multiplications are the library's, what lies
 between them is a kernel each (`prefill_kernels`, `fused_kernels`). The plain layers make some fifty launches a layer,
 which take a host longer than the card needs to compute a prompt of some hundred tokens. Even nine do (11 ms of 5 at
-512): packs of up to 1,024 tokens without adapters are recorded as CUDA graphs, a size each, and padded to one.
+512): packs of up to 1,024 tokens are recorded as CUDA graphs, a size each, and padded to one.
 
 Legend: T packed tokens, R rows whose scores are asked for, H hidden, N query heads, K key/value heads, D head width,
 F = D / 2, V vocabulary, S slots, P pages of a sequence.
@@ -97,7 +97,8 @@ class Prefill:
     weights are formed and multiplied.
     """
 
-    def __init__(self, decoder: Decoder, cache: PagedCache, columns: Columns, limit: int):
+    def __init__(self, decoder: Decoder, cache: PagedCache, columns: Columns, limit: int, choice: Choice | None = None):
+        self.choice = choice
         self.decoder, self.cache, self.columns = decoder, cache, columns
         config = decoder.config
         self.heads, self.kv_heads, self.head_dim = (
@@ -108,8 +109,9 @@ class Prefill:
         self.rows = ROWS if decoder.dtype.itemsize == 2 else min(ROWS, 16)  # what registers hold
         self.ready = self.asked = False  # compiled; a prompt missed something that can be prepared
         self.cuda, self.idle = decoder.device.type == "cuda", columns.token_S.shape[0] - 1
-        self.recorded: dict[int, Recorded] = {}
-        self.left = [size for size in SIZES if size <= limit]
+        self.recorded: dict[tuple[int, bool], Recorded] = {}
+        kinds = (False, True)[: 1 + (choice is not None)]
+        self.left = [(size, adapters) for adapters in kinds for size in SIZES if size <= limit]
         self._pool: Any = None
         layers: Any = decoder.layers
         self.layers: list[tuple[Any, ...]] = [
@@ -131,41 +133,44 @@ class Prefill:
             return True
         if not self.left:
             return False
-        size = self.left.pop(0)
-        self.recorded[size] = self._record(size)
+        size, adapters = self.left.pop(0)
+        self.recorded[size, adapters] = self._record(size, adapters)
         return True
 
-    def run(self, pieces: Sequence[Piece], choice: Choice | None = None) -> Tensor | None:
+    def run(self, pieces: Sequence[Piece], adapters: bool = False) -> Tensor | None:
         """Scores [R, V] of the pieces that are asked for, None where none is; all pages of the pieces are in the
-        table. choice: None where no row has an adapter. The scores are overwritten by the next run."""
+        table. adapters: whether a row may have one. The scores are overwritten by the next run."""
         lists = self._listed(pieces)
-        size = next((n for n in SIZES if n >= len(lists[0])), 0)
-        if choice is None and len(pieces) <= FEW and size in self.recorded:
-            recorded, asked = self.recorded[size], sum(piece.asked for piece in pieces)
-            recorded.held.copy_(self._host(self._padded(lists, size)), non_blocking=True)
+        key = next((size for size in SIZES if size >= len(lists[0])), 0), adapters
+        if len(pieces) <= FEW and key in self.recorded:
+            recorded, asked = self.recorded[key], sum(piece.asked for piece in pieces)
+            recorded.held.copy_(self._host(self._padded(lists, key[0])), non_blocking=True)
             recorded.replay()
             return recorded.scores[:asked] if asked else None
-        if choice is None and size in self.left:
-            self.left.remove(size)
-            self.left.insert(0, size)
+        if len(pieces) <= FEW and key in self.left:
+            self.left.remove(key)
+            self.left.insert(0, key)
             self.asked = True
-        pack = _pack(self._host(lists).to(self.decoder.device, non_blocking=True), lists)
-        if choice is not None:
-            choice.index_T = self.columns.adapter_S[pack.slot_T]
+        return self._scores(_pack(self._host(lists).to(self.decoder.device, non_blocking=True), lists), adapters)
+
+    def _scores(self, pack: Pack, adapters: bool) -> Tensor | None:
+        choice = self.choice if adapters else None
+        if choice is None:
+            return self._layers(pack, None)
+        choice.index_T = self.columns.adapter_S[pack.slot_T]
         try:
             return self._layers(pack, choice)
         finally:
-            if choice is not None:
-                choice.index_T = None
+            choice.index_T = None
 
-    def _record(self, size: int) -> Recorded:
+    def _record(self, size: int, adapters: bool) -> Recorded:
         """The graph of a size; off a card (tests) the work itself."""
         lists = self._padded(self._listed([]), size)
         held = self._host(lists).to(self.decoder.device)
         recorded, pack = Recorded(held, held, lambda: None), _pack(held, lists)
 
         def work() -> None:
-            scores = self._layers(pack, None)
+            scores = self._scores(pack, adapters)
             assert scores is not None
             recorded.scores = scores
 

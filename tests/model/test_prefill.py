@@ -155,14 +155,14 @@ def compare(
     before."""
     choice = adapters_on(decoder) if adapters else None
     want, got = Held(decoder), Held(decoder)
-    by_hand = Prefill(decoder, got.cache, got.columns, LIMIT)
+    by_hand = Prefill(decoder, got.cache, got.columns, LIMIT, choice)
     while recorded and by_hand.prepare():
         pass
     want.cache.keys[:, 0], want.cache.values[:, 0] = got.cache.keys[:, 0], got.cache.values[:, 0]
     told = 0
     for pack in packs:
         expected = want.plain(decoder, pack, choice)
-        scores = by_hand.run(got.pieces(pack), choice)
+        scores = by_hand.run(got.pieces(pack), adapters)
         if expected is None:
             assert scores is None
         else:
@@ -211,10 +211,11 @@ def test_four_bit_weights() -> None:
 
 
 @pytest.mark.parametrize("packs", [TOGETHER, CHUNKS], ids=["together", "chunks"])
-def test_adapters_by_piece(packs: list[list[tuple[int, int, int]]]) -> None:
+@pytest.mark.parametrize("recorded", [False, True])
+def test_adapters_by_piece(packs: list[list[tuple[int, int, int]]], recorded: bool) -> None:
     """None, one and another adapter, side by side; left unchosen afterwards."""
     decoder = decoder_of(SHAPE)
-    compare(decoder, packs, 1e-5, adapters=True)
+    compare(decoder, packs, 1e-5, adapters=True, recorded=recorded)
     stacked = next(linear.lora for linear in decoder.linears() if linear.lora is not None)
     assert stacked.choice.index_T is None  # type: ignore[union-attr]
 
