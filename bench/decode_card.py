@@ -215,8 +215,8 @@ def check_prefill(decoder: Decoder, name: str) -> None:
         replayed = [by_hand.run(pieces).clone() for _ in range(6)]  # type: ignore[union-attr]
         graph_far = float((replayed[0].float() - plain).norm() / plain.norm())
         held_far = [
-            float((a.float() - b.float()).norm() / b.float().norm())
-            for a, b in zip((cache.keys, cache.values), kept, strict=True)
+            float((a[:, 1:].float() - b[:, 1:].float()).norm() / b[:, 1:].float().norm())
+            for a, b in zip((cache.keys, cache.values), kept, strict=True)  # page 0 is nobody's
         ]
         agree = int((scores.argmax(-1) == plain.argmax(-1)).sum())
         equal = all(torch.equal(replayed[0], one) for one in replayed)
