@@ -73,7 +73,7 @@ class Slots:
         try:
             if by_hand is not None and (all_usual or by_hand.asked) and by_hand.prepare():
                 if self.contract is None and captured is not None:
-                    self.contract = captured.contract = captured._contract()
+                    self.contract = captured.contract = captured.contract or captured._contract()
                 return True
             return captured is not None and captured.prepare(all_usual)
         except Exception as error:  # no memory, a compiler that fails: answers are given all the same

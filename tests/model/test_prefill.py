@@ -158,6 +158,9 @@ def compare(
     by_hand = Prefill(decoder, got.cache, got.columns, LIMIT, choice)
     while recorded and by_hand.prepare():
         pass
+    replays: list[int] = []
+    for size, one in by_hand.recorded.items():
+        one.replay = lambda replay=one.replay, size=size[0]: replays.append(size) or replay()
     want.cache.keys[:, 0], want.cache.values[:, 0] = got.cache.keys[:, 0], got.cache.values[:, 0]
     told = 0
     for pack in packs:
@@ -172,6 +175,7 @@ def compare(
         for ours, plain in ((got.cache.keys, want.cache.keys), (got.cache.values, want.cache.values)):
             assert torch.equal(ours.isnan(), plain.isnan())
             assert far(ours.nan_to_num(), plain.nan_to_num()) < within
+    assert len(replays) == len(packs) * recorded
     assert told == sum(piece.asked for pack in packs for piece in got.pieces(pack)) > 0
 
 
