@@ -15,7 +15,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install triton runs these in its interpreter)")
 
-from minitune.model import cache, decode, lora  # noqa: E402
+from minitune.model import cache, decode, decode_rows, lora  # noqa: E402
 from minitune.model.cache import DecodeLayout, PagedCache  # noqa: E402
 from minitune.model.decode import Columns, DecodeStep, Split, Tile, why_not  # noqa: E402
 from minitune.model.decoder import Decoder, DecoderConfig  # noqa: E402
@@ -63,8 +63,11 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE.type == "cuda":
         return
     tiles = {name: Tile(8 if "4 bits" in name else 64, 1) for name in decode.TILES}
-    tiles["several rows, 4 bits"] = Tile(64, 1)
     monkeypatch.setattr(decode, "TILES", tiles)
+    monkeypatch.setattr(decode_rows, "SEVERAL4", (64, 1))
+    small = {"qkv": 1, "o": 3, "gate_up": 1, "down": 2, "head": 1}
+    small = {name: {1: decode_rows.Tile(64, 32, splits, 1, 1)} for name, splits in small.items()}
+    monkeypatch.setattr(decode_rows, "TILES", small)
 
 
 def decoder_of(config: DecoderConfig, dtype: torch.dtype = torch.float32, group: int = 0) -> Decoder:

@@ -1,0 +1,102 @@
+# mypy: disable-error-code="assignment"
+"""Triton kernels of a decode step of several rows (`model.decode_rows` launches them): products and norms.
+
+Weights are streamed once, a tile of outputs a program, and the rows, which all programs share, come from the cache.
+Where outputs are few, SPLITS programs share the inputs of a tile: each writes its part in float32, and `_add_norm`,
+which reads the result anyway, adds them up, always in the same order. Under PDL a program asks for its first weights
+while the kernel before it still runs. Legend and PDL as in `decode_kernels`; W weight rows a program.
+"""
+
+from __future__ import annotations
+
+from minitune.model.kernels import AVAILABLE
+
+if AVAILABLE:
+    import triton
+    import triton.language as tl
+
+    from minitune.model.decode_kernels import _after_predecessor
+
+    @triton.jit
+    def _soon(ptrs):
+        """Asks for these lines to be brought into the cache all programs share; waits for nothing."""
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ptrs], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+    @triton.jit
+    def _store(acc, y_ptr, m, n, there, stride, gain):
+        tl.store(y_ptr + m[:, None] * stride + n[None, :], (acc * gain).to(y_ptr.dtype.element_ty), mask=there)
+
+    @triton.jit(do_not_specialize=["rows"])
+    def _gemm(
+        x_ptr, w_ptr, y_ptr, w_stride, rows, outputs, y_stride, gain,
+        FULL: tl.constexpr, X: tl.constexpr, SILU: tl.constexpr, SPLITS: tl.constexpr,
+        BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    ):  # fmt: skip
+        """y [B, O] = gain · x [B, X] wᵀ, or with SILU, w [2 O, X]: silu(gate) · up. With SPLITS > 1 instead
+        y [SPLITS, B, O] float32, the parts. FULL: B is BM. EARLY: inputs of each weight row that
+        are asked for before the wait."""
+        SPAN: tl.constexpr = (X + SPLITS * BK - 1) // (SPLITS * BK) * BK
+        WHOLE: tl.constexpr = SPAN * SPLITS == X
+        split = tl.program_id(1)
+        m = tl.arange(0, BM)
+        n = tl.program_id(0) * BN + tl.arange(0, BN)
+        row = tl.minimum(n, outputs - 1).to(tl.int64)
+        k = tl.arange(0, BK)
+        first = split * SPAN
+        w_ptrs = w_ptr + row[:, None] * w_stride + first
+        up = outputs.to(tl.int64) * w_stride
+        if PDL and EARLY > 0:
+            line = tl.arange(0, EARLY // 64)[None, :] * 64  # a line holds 64 numbers of half precision
+            _soon(w_ptrs + tl.minimum(line, X - 1 - first))
+            if SILU:
+                _soon(w_ptrs + up + tl.minimum(line, X - 1 - first))
+        w_ptrs += k[None, :]
+        x_ptrs = x_ptr + m[:, None] * X + first + k[None, :]
+        ok = (m < rows)[:, None]
+        acc = tl.zeros((BM, BN), tl.float32)
+        more = tl.zeros((BM, BN), tl.float32)
+        _after_predecessor(PDL)
+        for at in range(0, SPAN, BK):
+            if WHOLE:
+                w = tl.load(w_ptrs + at)
+                x = tl.load(x_ptrs + at) if FULL else tl.load(x_ptrs + at, mask=ok, other=0.0)
+            else:
+                inside = (first + at + k < X)[None, :]
+                w = tl.load(w_ptrs + at, mask=inside, other=0.0)
+                x = tl.load(x_ptrs + at, mask=ok & inside, other=0.0)
+            acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+            if SILU:
+                if WHOLE:
+                    w_up = tl.load(w_ptrs + up + at)
+                else:
+                    w_up = tl.load(w_ptrs + up + at, mask=inside, other=0.0)
+                more = tl.dot(x, tl.trans(w_up), more, input_precision="ieee")
+        if SILU:
+            acc = acc / (1.0 + tl.exp(-acc)) * more
+        if SPLITS > 1:
+            y_ptr += split * rows * y_stride
+        _store(acc, y_ptr, m, n, ok & (n < outputs)[None, :], y_stride, gain)
+
+    @triton.jit(do_not_specialize=["rows"])
+    def _add_norm(
+        x_ptr, part_ptr, norm_ptr, n_ptr, rows, gain, eps,
+        H: tl.constexpr, BH: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+    ):  # fmt: skip
+        """x [B, H] += gain · the sum of its PARTS parts [PARTS, B, H]; n = norm(x). A row a program, BH >= H."""
+        c = tl.arange(0, BH)
+        ok = c < H
+        at = tl.program_id(0) * H + c
+        weight = tl.load(norm_ptr + c, mask=ok, other=0.0)
+        _after_predecessor(PDL)
+        x = tl.load(x_ptr + at, mask=ok, other=0.0)
+        if PARTS > 0:
+            total = tl.zeros((BH,), tl.float32)
+            for part in tl.static_range(PARTS):
+                total += tl.load(part_ptr + part * rows * H + at, mask=ok, other=0.0).to(tl.float32)
+            x = (x.to(tl.float32) + gain * total).to(x_ptr.dtype.element_ty)
+            tl.store(x_ptr + at, x, mask=ok)
+        wide = x.to(tl.float32)
+        rstd = 1.0 / tl.sqrt(tl.sum(wide * wide, 0) / H + eps)
+        tl.store(n_ptr + at, (wide * rstd).to(x.dtype) * weight.to(x.dtype), mask=ok)
