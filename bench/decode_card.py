@@ -39,7 +39,6 @@ ROWS = [Tile(r, w) for r, w in ((2, 4), (4, 4), (8, 4), (4, 2), (2, 8), (4, 8), 
 ROWS4 = [Tile(r, w) for r, w in ((1, 2), (2, 2), (4, 2), (2, 1), (4, 1), (2, 4), (4, 4))]
 CANDIDATES: dict[str, list[Tile]] = {name: ROWS4 if "4 bits" in name else ROWS for name in decode.TILES}
 CANDIDATES["head"] = [Tile(r, w) for r, w in ((4, 4), (8, 4), (8, 8), (16, 4), (4, 8))]
-CANDIDATES["several rows, 4 bits"] = [Tile(r, w) for r, w in ((16, 4), (32, 4), (64, 4), (32, 2), (64, 8))]
 SPLITS = [Split(k, s, w) for k, s, w in ((64, 1, 4), (128, 1, 8), (128, 1, 4), (64, 2, 4), (64, 4, 4), (32, 1, 2))]
 
 

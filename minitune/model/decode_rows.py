@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from minitune.model import decode_kernels as dk
-from minitune.model import kernels
 from minitune.model import decode_rows_kernels as rk
+from minitune.model import kernels
 from minitune.model.decoder import Linear
 from minitune.model.fused_ops import next_power_of_2
 from minitune.model.quantized import Int4Linear
@@ -40,7 +40,7 @@ class Tile(NamedTuple):
 
 # By rows, the largest that is not above.
 TILES: dict[str, dict[int, Tile]] = {
-    "qkv": {1: Tile(64, 128), 32: Tile(64, 128)},
+    "qkv": {1: Tile(64, 128), 32: Tile(64, 64, stages=5)},
     "o": {1: Tile(64, 128, 4), 32: Tile(64, 64, 4, stages=5)},
     "gate_up": {1: Tile(32, 128), 32: Tile(64, 64, stages=5)},
     "down": {1: Tile(64, 128, 5), 32: Tile(64, 64, 5, stages=5)},
@@ -98,12 +98,12 @@ def _four(linear: Linear) -> bool:
 
 def _add_norm(step: DecodeStep, back: Tensor | None, norm: Any) -> None:
     """x += the residual multiplier · the sum of back [R, B, H]; n = norm(x)."""
-    hidden = step.x.shape[1]
+    hidden, parts = step.x.shape[1], 0 if back is None else back.shape[0]
     kernels.launch(
         rk._add_norm, (step.rows,),
         step.x, step.x if back is None else back, norm.weight, step.n, step.rows,
-        step.decoder.config.residual_multiplier, norm.eps, H=hidden, BH=next_power_of_2(hidden), PARTS=0 if back is None else back.shape[0],
-        PDL=step.pdl, num_warps=8, **step.more,
+        step.decoder.config.residual_multiplier, norm.eps,
+        H=hidden, BH=next_power_of_2(hidden), PARTS=parts, PDL=step.pdl, num_warps=8, **step.more,
     )  # fmt: skip
 
 

@@ -24,10 +24,6 @@ if AVAILABLE:
             "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ptrs], dtype=tl.int32, is_pure=False, pack=1
         )
 
-    @triton.jit
-    def _store(acc, y_ptr, m, n, there, stride, gain):
-        tl.store(y_ptr + m[:, None] * stride + n[None, :], (acc * gain).to(y_ptr.dtype.element_ty), mask=there)
-
     @triton.jit(do_not_specialize=["rows"])
     def _gemm(
         x_ptr, w_ptr, y_ptr, w_stride, rows, outputs, y_stride, gain,
@@ -68,16 +64,14 @@ if AVAILABLE:
                 x = tl.load(x_ptrs + at, mask=ok & inside, other=0.0)
             acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
             if SILU:
-                if WHOLE:
-                    w_up = tl.load(w_ptrs + up + at)
-                else:
-                    w_up = tl.load(w_ptrs + up + at, mask=inside, other=0.0)
+                w_up = tl.load(w_ptrs + up + at) if WHOLE else tl.load(w_ptrs + up + at, mask=inside, other=0.0)
                 more = tl.dot(x, tl.trans(w_up), more, input_precision="ieee")
         if SILU:
             acc = acc / (1.0 + tl.exp(-acc)) * more
         if SPLITS > 1:
             y_ptr += split * rows * y_stride
-        _store(acc, y_ptr, m, n, ok & (n < outputs)[None, :], y_stride, gain)
+        there = ok & (n < outputs)[None, :]
+        tl.store(y_ptr + m[:, None] * y_stride + n[None, :], (acc * gain).to(y_ptr.dtype.element_ty), mask=there)
 
     @triton.jit(do_not_specialize=["rows"])
     def _add_norm(
