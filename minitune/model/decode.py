@@ -27,6 +27,7 @@ from minitune.model.lora import Choice, Lora
 from minitune.model.quantized import Int4Linear
 
 PDL = True  # on cards that have it (Hopper and later)
+ONE = 0x3F800000  # the bits of 1.0 in float32
 PART = 4096  # scores a program looks at for the likeliest
 
 
@@ -225,10 +226,10 @@ class DecodeStep:
         scale = norm.weight if norm is not None else x
         inputs, outputs = x.shape[1], y.shape[1]
         dk._gemv4[(-(-outputs // tile.rows),)](
-            x.view(pair), scale.view(pair), linear.weight_packed.view(torch.uint8), linear.weight_scale, y, outputs,
-            norm.eps if norm is not None else 0.0, gain,
+            x.view(pair), scale.view(pair), linear.weight_packed, linear.weight_scale, y, outputs,
+            norm.eps if norm is not None else 0.0, gain, ONE,
             X=inputs, GROUP=inputs // linear.weight_scale.shape[1], NORM=norm is not None, ADD=add, SILU=silu,
-            BN=tile.rows, BK=256 * tile.warps, PDL=self.pdl, num_warps=tile.warps, **self.more,
+            BN=tile.rows, BW=32 * tile.warps, PDL=self.pdl, num_warps=tile.warps, **self.more,
         )  # fmt: skip
 
     def _gemv(
