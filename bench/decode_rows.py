@@ -1,6 +1,6 @@
 """Tiles of a decode step of several rows on a card, at MiniCPM-2B's shape: what `decode_rows.TILES` should say.
 
-    python bench/decode_rows.py [--rows 64,4] [--seconds 60] [--check] [--answers]
+    python bench/decode_rows.py [--int4] [--rows 64,4] [--seconds 60] [--check] [--answers]
 
 Each product by itself first, forty launches (the layers') in one graph; then its best three in whole steps, one product
 after the other, since what a program asks for early pays off only beside the kernel before it. --check and --answers:
@@ -13,6 +13,7 @@ import argparse
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from decode_card import attempt, check, decoder_of, held, microseconds, rate, requests, table_of, tokenizer
@@ -23,6 +24,9 @@ from minitune.model.decode import DecodeStep, Split
 from minitune.model.decode_rows import TILES, Tile
 from minitune.model.decoder import Decoder
 
+FOUR = [Tile(n, 0, 1, w, s) for n, w, s in (
+    (16, 4, 4), (16, 2, 4), (32, 2, 4), (32, 4, 4), (64, 4, 3), (64, 8, 3), (32, 4, 3), (64, 4, 2),
+)]  # fmt: skip
 CANDIDATES: dict[str, dict[int, list[Tile]]] = {
     "qkv": {
         1: [Tile(64, 128), Tile(64, 256, stages=3), Tile(32, 256), Tile(32, 128, stages=5), Tile(64, 128, warps=8)],
@@ -50,6 +54,10 @@ CANDIDATES: dict[str, dict[int, list[Tile]]] = {
         32: [Tile(128, 64), Tile(128, 64, warps=8), Tile(64, 128, stages=3), Tile(64, 64, stages=5),
              Tile(128, 128, 1, 8, 3), Tile(256, 64, 1, 8, 3)],
     },
+    "qkv, 4 bits": {1: FOUR[:6], 32: FOUR[4:]},
+    "o, 4 bits": {1: [Tile(n, 0, r) for n in (32, 64) for r in (3, 6)], 32: [Tile(64, 0, r, 4, 3) for r in (3, 6)]},
+    "gate_up, 4 bits": {1: FOUR[:6], 32: FOUR[4:]},
+    "down, 4 bits": {1: [Tile(n, 0, r) for n in (32, 64) for r in (3, 5)], 32: [Tile(64, 0, r, 4, 3) for r in (3, 5)]},
 }  # fmt: skip
 EARLY = (0, 256, 1024, 2048)
 ATTEND = [Split(64, 1, 4), Split(32, 1, 2), Split(32, 1, 4), Split(64, 1, 8), Split(128, 1, 8)]
@@ -72,26 +80,24 @@ def whole(decoder: Decoder, rows: int) -> float:
 def products(step: DecodeStep) -> dict[str, tuple[Callable[[], object], int, float]]:
     """name: (what runs it in every layer, launches, bytes of a launch)."""
     layers, head = step.layers, step.decoder.head_weight
-    g = decode_rows._gemm
 
-    def back(name: str, x: torch.Tensor, weight: torch.Tensor) -> None:
-        splits = decode_rows.tile_of(name, step.rows).splits
-        g(step, name, x, weight, step.parts[:splits] if splits > 1 else step.back, 1.0)
+    def all_layers(name: str, part: str, x: torch.Tensor, y: torch.Tensor) -> None:
+        for layer in layers:
+            linear = getattr(getattr(layer, part), name)
+            splits = decode_rows.tile_of(decode_rows.named(name, linear), step.rows).splits
+            to = step.parts[:splits] if splits > 1 else y
+            decode_rows._multiply(step, name, x, linear, to, silu=name == "gate_up")
 
-    kinds: dict[str, Callable[..., object]] = {
-        "qkv": lambda y: g(step, "qkv", step.n, y.attn.qkv.weight, step.qkv, 1.0),
-        "o": lambda y: back("o", step.y, y.attn.o.weight),
-        "gate_up": lambda y: g(step, "gate_up", step.n, y.mlp.gate_up.weight, step.act, 1.0, silu=True),
-        "down": lambda y: back("down", step.act, y.mlp.down.weight),
-    }
-    first = layers[0]
-    weights = {"qkv": first.attn.qkv, "o": first.attn.o, "gate_up": first.mlp.gate_up, "down": first.mlp.down}
     found: dict[str, tuple[Callable[[], object], int, float]] = {}
-    for name, call in kinds.items():
-        found[name] = (
-            lambda call=call: [call(layer) for layer in layers], len(layers), weights[name].weight.numel() * 2.0
-        )  # fmt: skip
-    found["head"] = lambda: g(step, "head", step.n, head, step.scores, 1.0), 1, head.numel() * 2.0
+    for name, part, x, y in (
+        ("qkv", "attn", step.n, step.qkv), ("o", "attn", step.y, step.back),
+        ("gate_up", "mlp", step.n, step.act), ("down", "mlp", step.act, step.back),
+    ):  # fmt: skip
+        linear = getattr(getattr(layers[0], part), name)
+        size = float(sum(t.numel() * t.itemsize for t in (*linear.parameters(), *linear.buffers())))
+        found[decode_rows.named(name, linear)] = partial(all_layers, name, part, x, y), len(layers), size
+    run = partial(decode_rows._gemm, step, "head", step.n, head, step.scores, 1.0)
+    found["head"] = run, 1, head.numel() * 2.0
     return found
 
 
@@ -118,39 +124,48 @@ def compile_all(decoder: Decoder, rows: int, wanted: dict[str, list[Tile]]) -> N
     print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def candidates(by_rows: dict[int, list[Tile]], rows: int) -> list[Tile]:
+def candidates(name: str, rows: int) -> list[Tile]:
+    by_rows = CANDIDATES[name]
     return by_rows[max(least for least in by_rows if least <= rows)]
 
 
 @torch.inference_mode()
 def tune(decoder: Decoder, rows: int, seconds: float) -> None:
-    compile_all(decoder, rows, {name: candidates(by_rows, rows) for name, by_rows in CANDIDATES.items()})
+    names = list(products(step_of(decoder, rows)))
+    compile_all(decoder, rows, {name: candidates(name, rows) for name in names})
     start = time.perf_counter()
     print(f"{rows} rows: step {whole(decoder, rows):.0f} us", flush=True)
-    best: dict[str, list[Tile]] = {}
-    for name, by_rows in CANDIDATES.items():
-        found: dict[Tile, float] = {}
-        for tile in candidates(by_rows, rows):
-            set_tile(name, rows, tile)
-            call, count, size = products(step_of(decoder, rows))[name]
-            try:
-                found[tile] = microseconds(call, count)
-            except Exception as error:  # too much shared memory: no candidate
-                print(f"   {name} {tuple(tile)}: {type(error).__name__}")
-        best[name] = sorted(found, key=found.__getitem__)
-        set_tile(name, rows, best[name][0])
-        print(f"{rows:2d} {name:8s} {size / found[best[name][0]] / 1e3:5.0f} GB/s; "
-              + "  ".join(f"{tuple(t)[:5]}:{found[t]:.1f}" for t in best[name]), flush=True)  # fmt: skip
-    for name in CANDIDATES:
+    best = {name: by_itself(decoder, rows, name) for name in names}
+    for name in names:
         choose(decoder, rows, name, best[name][:3], start + seconds)
     early = {}
-    for name in CANDIDATES:
+    for name in names:
         kept = decode_rows.tile_of(name, rows)
-        early[name] = [kept, *(kept._replace(early=early) for early in EARLY)]
+        if kept.inputs:
+            early[name] = [kept, *(kept._replace(early=inputs) for inputs in EARLY)]
     compile_all(decoder, rows, early)
-    for name in CANDIDATES:
-        choose(decoder, rows, name, early[name], start + seconds)
-    print(f"{rows} rows, found: { {name: tuple(decode_rows.tile_of(name, rows)) for name in TILES} }")
+    for name, tiles in early.items():
+        choose(decoder, rows, name, tiles, start + seconds)
+    print(f"{rows} rows, found: { {name: tuple(decode_rows.tile_of(name, rows)) for name in names} }")
+
+
+def by_itself(decoder: Decoder, rows: int, name: str) -> list[Tile]:
+    """The candidates, the fastest first; it is set."""
+    found: dict[Tile, float] = {}
+    kept = decode_rows.tile_of(name, rows)
+    size = 0.0
+    for tile in candidates(name, rows):
+        set_tile(name, rows, tile)
+        call, count, size = products(step_of(decoder, rows))[name]
+        try:
+            found[tile] = microseconds(call, count)
+        except Exception as error:  # too much shared memory: no candidate
+            print(f"   {name} {tuple(tile)}: {type(error).__name__}: {str(error)[:80]}")
+    order = sorted(found, key=found.__getitem__) or [kept]
+    set_tile(name, rows, order[0])
+    print(f"{rows:2d} {name:8s} {size / min(found.values(), default=1.0) / 1e3:5.0f} GB/s; "
+          + "  ".join(f"{tuple(t)[:5]}:{found[t]:.1f}" for t in order if t in found), flush=True)  # fmt: skip
+    return order
 
 
 def choose(decoder: Decoder, rows: int, name: str, tiles: list[Tile], end: float) -> None:
@@ -196,20 +211,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="64,4")
     parser.add_argument("--seconds", type=float, default=60.0, help="of whole steps tried, for each number of rows")
+    parser.add_argument("--int4", action="store_true", help="four-bit weights")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--answers", action="store_true")
     arguments = parser.parse_args()
     print(torch.cuda.get_device_name(), "torch", torch.__version__, flush=True)
-    decoder = decoder_of(False)
+    decoder, name = decoder_of(arguments.int4), "int4" if arguments.int4 else "bf16"
     if arguments.check:
-        attempt("check", lambda: check(decoder, "bf16"))
+        attempt("check", lambda: check(decoder, name))
     for rows in [int(part) for part in arguments.rows.split(",") if part]:
         attempt(f"attention of {rows}", lambda rows=rows: attention(decoder, rows))
         attempt(f"tune {rows}", lambda rows=rows: tune(decoder, rows, arguments.seconds))
         with torch.inference_mode():
             attempt("table", lambda rows=rows: table_of(step_of(decoder, rows)))
     if arguments.check:
-        attempt("check", lambda: check(decoder, "bf16"))
+        attempt("check", lambda: check(decoder, name))
     if arguments.answers:
         attempt("answers", lambda: answers(decoder))
 

@@ -44,10 +44,10 @@ TILES = {
     "gate_up": Tile(2, 4),
     "down": Tile(2, 8),
     "head": Tile(8, 4),
-    "qkv, 4 bits": Tile(4, 2),
-    "o, 4 bits": Tile(2, 2),
-    "gate_up, 4 bits": Tile(2, 2),
-    "down, 4 bits": Tile(2, 4),
+    "qkv, 4 bits": Tile(4, 1),
+    "o, 4 bits": Tile(4, 1),
+    "gate_up, 4 bits": Tile(2, 1),
+    "down, 4 bits": Tile(4, 2),
     "adapter's A": Tile(1, 4),
 }
 
@@ -225,7 +225,8 @@ class DecodeStep:
         pair = torch.int32 if x.dtype.itemsize == 2 else torch.int64
         scale = norm.weight if norm is not None else x
         inputs, outputs = x.shape[1], y.shape[1]
-        dk._gemv4[(-(-outputs // tile.rows),)](
+        kernels.launch(
+            dk._gemv4, (-(-outputs // tile.rows),),
             x.view(pair), scale.view(pair), linear.weight_packed, linear.weight_scale, y, outputs,
             norm.eps if norm is not None else 0.0, gain, ONE,
             X=inputs, GROUP=inputs // linear.weight_scale.shape[1], NORM=norm is not None, ADD=add, SILU=silu,
@@ -236,7 +237,8 @@ class DecodeStep:
         self, name: str, x: Tensor, weight: Tensor, y: Tensor, gain: float, norm: Any, add: bool, silu: bool
     ) -> None:
         tile, outputs = TILES[name], y.shape[1]
-        dk._gemv[(-(-outputs // tile.rows),)](
+        kernels.launch(
+            dk._gemv, (-(-outputs // tile.rows),),
             x, norm.weight if norm is not None else x, weight, y, weight.stride(0), outputs,
             norm.eps if norm is not None else 0.0, gain,
             X=x.shape[1], NORM=norm is not None, ADD=add, SILU=silu, BN=tile.rows, BK=256 * tile.warps,

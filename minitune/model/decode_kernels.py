@@ -172,8 +172,8 @@ if AVAILABLE:
                 x += (even * 16.0, odd)
             more = ()
             for r in tl.static_range(ROWS):
-                scale = scales[r * CHUNKS + c].to(tl.float32)
-                more += (sums[r] + _products(held[r * CHUNKS + c], x, minus, one) * scale,)
+                product = _products(held[r * CHUNKS + c], x, minus, one)
+                more += (sums[r] + product * scales[r * CHUNKS + c].to(tl.float32),)
             sums = more
         total = tl.sum(squares, 0) if NORM else 0.0
         for r in tl.static_range(BN):
@@ -216,31 +216,6 @@ if AVAILABLE:
         kind = out_ptr.dtype.element_ty
         out = tl.reshape(tl.join(low.to(kind), high.to(kind)), (BG, GROUP))
         tl.store(out_ptr + group[:, None] * GROUP + tl.arange(0, GROUP)[None, :], out, mask=ok)
-
-    @triton.jit
-    def _gemm4(
-        x_ptr, w_ptr, s_ptr, y_ptr, rows, outputs,
-        X: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
-    ):  # fmt: skip
-        """y [B, O] = x [B, X] · wᵀ of four-bit weights for B <= BM rows. -8 to 7 are exact in half precision, so the
-        matrix units multiply them as they are, and a group's scale is put to its sums."""
-        HALF: tl.constexpr = GROUP // 2
-        m = tl.arange(0, BM)
-        n = tl.program_id(0) * BN + tl.arange(0, BN)
-        row = tl.minimum(n, outputs - 1).to(tl.int64)
-        k = tl.arange(0, GROUP)
-        w_ptrs = w_ptr + row[:, None] * (X // 2) + tl.arange(0, HALF)[None, :]
-        x_ptrs = x_ptr + m[:, None] * X + k[None, :]
-        acc = tl.zeros((BM, BN), tl.float32)
-        _after_predecessor(PDL)
-        for group in range(0, X // GROUP):
-            byte = tl.load(w_ptrs + group * HALF).to(tl.int32)
-            x = tl.load(x_ptrs + group * GROUP, mask=(m < rows)[:, None], other=0.0)
-            scale = tl.load(s_ptr + row * (X // GROUP) + group).to(tl.float32)
-            q = tl.reshape(tl.join((byte & 15) - 8, (byte >> 4) - 8), (BN, GROUP)).to(x.dtype)
-            acc += tl.dot(x, tl.trans(q), input_precision="ieee") * scale[None, :]
-        there = (m < rows)[:, None] & (n < outputs)[None, :]
-        tl.store(y_ptr + m[:, None] * outputs + n[None, :], acc.to(y_ptr.dtype.element_ty), mask=there)
 
     @triton.jit
     def _best_of_part(logits_ptr, best_ptr, id_ptr, stride, V: tl.constexpr, BV: tl.constexpr):

@@ -1,8 +1,8 @@
 """A decode step of several rows: seven launches a layer, products by hand where the card has room for their tiles.
 
 `DecodeStep.run` calls `run` for what lies between the embedding and the scores. Products are `_gemm`'s in half
-precision on cards with enough shared memory, the library's elsewhere; four-bit weights have a kernel of their own.
-Legend as in `decode`; R parts of a product.
+precision on cards with enough shared memory, the library's elsewhere, and `_gemm4`'s with four-bit weights. Legend as
+in `decode`; R parts of a product.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minitune.model import decode_kernels as dk
 from minitune.model import decode_rows_kernels as rk
 from minitune.model import kernels
 from minitune.model.decoder import Linear
@@ -27,11 +26,12 @@ ROOM = 160 << 10  # bytes of shared memory that the largest tile takes
 
 
 class Tile(NamedTuple):
-    """Outputs and inputs of a program's tile, programs that share the inputs (of `o` and `down` alone), warps, stages
-    under way, and inputs asked for early. `bench/decode_card.py --tune` compares them on a card."""
+    """Outputs and inputs of a program's tile (0: a group of four-bit weights), programs that share the inputs (of `o`
+    and `down` alone), warps, stages under way, and inputs asked for early. `bench/decode_rows.py` compares them on a
+    card."""
 
     outputs: int
-    inputs: int
+    inputs: int = 0
     splits: int = 1
     warps: int = 4
     stages: int = 4
@@ -45,9 +45,11 @@ TILES: dict[str, dict[int, Tile]] = {
     "gate_up": {1: Tile(32, 128), 32: Tile(64, 64, stages=5)},
     "down": {1: Tile(64, 128, 5), 32: Tile(64, 64, 5, stages=5)},
     "head": {1: Tile(128, 64), 32: Tile(128, 64)},
+    "qkv, 4 bits": {1: Tile(32), 32: Tile(64, stages=3)},
+    "o, 4 bits": {1: Tile(32, 0, 3), 32: Tile(64, 0, 3, stages=3)},
+    "gate_up, 4 bits": {1: Tile(32), 32: Tile(32, stages=3)},
+    "down, 4 bits": {1: Tile(32, 0, 5), 32: Tile(64, 0, 5, stages=3)},
 }
-SEVERAL4 = (32, 4)  # outputs and warps of a program of four-bit weights
-FEW = 132 * 32  # outputs up to which such a tile is half as large, or a large card would be half idle
 
 
 def own(device: torch.device, dtype: torch.dtype) -> bool:
@@ -64,7 +66,7 @@ def tile_of(name: str, rows: int) -> Tile:
 
 
 def most_parts(rows: int) -> int:
-    return max(tile_of(name, rows).splits for name in ("o", "down"))
+    return max(tile_of(name, rows).splits for name in TILES)
 
 
 def run(step: DecodeStep, long: bool, adapters: bool) -> None:
@@ -77,8 +79,8 @@ def run(step: DecodeStep, long: bool, adapters: bool) -> None:
         step._attend(index, long)
         back = _back(step, "o", layer.attn.o, step.y, adapters)
         _add_norm(step, back, layer.mlp_norm)
-        if step.own and not (adapters and layer.mlp.gate_up.lora is not None) and not _four(layer.mlp.gate_up):
-            _gemm(step, "gate_up", step.n, layer.mlp.gate_up.weight, step.act, 1.0, silu=True)
+        if _ours(step, layer.mlp.gate_up, adapters):
+            _multiply(step, "gate_up", step.n, layer.mlp.gate_up, step.act, silu=True)
         else:
             _product(step, "gate_up", layer.mlp.gate_up, step.n, step.gate_up, adapters)
             step._silu_mul()
@@ -92,8 +94,9 @@ def run(step: DecodeStep, long: bool, adapters: bool) -> None:
         torch.mm(step.h, head.as_strided((step.logits.shape[1], head.shape[1]), head.stride()).t(), out=step.logits)
 
 
-def _four(linear: Linear) -> bool:
-    return isinstance(linear, Int4Linear)
+def _ours(step: DecodeStep, linear: Linear, adapters: bool) -> bool:
+    """Whether a kernel of ours gives the final value of a product: no adapter is added to it."""
+    return (step.own or isinstance(linear, Int4Linear)) and not (adapters and linear.lora is not None)
 
 
 def _add_norm(step: DecodeStep, back: Tensor | None, norm: Any) -> None:
@@ -109,9 +112,9 @@ def _add_norm(step: DecodeStep, back: Tensor | None, norm: Any) -> None:
 
 def _back(step: DecodeStep, name: str, linear: Linear, x: Tensor, adapters: bool) -> Tensor:
     """x wᵀ [R, B, H], with each row's adapter, in as many parts as it was computed in."""
-    splits = tile_of(name, step.rows).splits
-    if splits > 1 and step.own and not (adapters and linear.lora is not None) and not _four(linear):
-        _gemm(step, name, x, linear.weight, step.parts[:splits], 1.0)
+    splits = tile_of(named(name, linear), step.rows).splits
+    if splits > 1 and _ours(step, linear, adapters):
+        _multiply(step, name, x, linear, step.parts[:splits])
         return step.parts[:splits]
     _product(step, name, linear, x, step.back, adapters)
     return step.back[None]
@@ -119,17 +122,8 @@ def _back(step: DecodeStep, name: str, linear: Linear, x: Tensor, adapters: bool
 
 def _product(step: DecodeStep, name: str, linear: Linear, x: Tensor, y: Tensor, adapters: bool) -> None:
     """y = x wᵀ, with each row's adapter."""
-    if isinstance(linear, Int4Linear):
-        (some, warps), (outputs, groups) = SEVERAL4, linear.weight_scale.shape
-        some = some if outputs > FEW else max(16, some // 2)
-        kernels.launch(
-            dk._gemm4, (-(-outputs // some),),
-            x, linear.weight_packed.view(torch.uint8), linear.weight_scale, y, step.rows, outputs,
-            X=x.shape[1], GROUP=x.shape[1] // groups, BM=max(16, step.rows), BN=some,
-            PDL=step.pdl, num_warps=warps, num_stages=3, **step.more,
-        )  # fmt: skip
-    elif step.own:
-        _gemm(step, name, x, linear.weight, y, 1.0)
+    if step.own or isinstance(linear, Int4Linear):
+        _multiply(step, name, x, linear, y)
     else:
         torch.mm(x, linear.weight.t(), out=y)
     if adapters and linear.lora is not None:
@@ -138,10 +132,33 @@ def _product(step: DecodeStep, name: str, linear: Linear, x: Tensor, y: Tensor, 
         torch.mul(stacked(x, y), 1, out=y)
 
 
+def named(name: str, linear: Linear) -> str:
+    """A product in `TILES`."""
+    return f"{name}, 4 bits" if isinstance(linear, Int4Linear) else name
+
+
+def _multiply(step: DecodeStep, name: str, x: Tensor, linear: Linear, y: Tensor, silu: bool = False) -> None:
+    """y [B, O] = x wᵀ, or with silu silu(gate) · up; y [R, B, O]: in R parts."""
+    if not isinstance(linear, Int4Linear):
+        return _gemm(step, name, x, linear.weight, y, 1.0, silu)
+    tile, (rows, outputs), splits, most = _sizes(step, named(name, linear), y)
+    kernels.launch(
+        rk._gemm4, (-(-outputs // tile.outputs), splits),
+        x, linear.weight_packed, linear.weight_scale, y, rows, outputs, y.stride(-2),
+        FULL=rows == most, X=x.shape[1], GROUP=x.shape[1] // linear.weight_scale.shape[1], SILU=silu, SPLITS=splits,
+        BM=most, BN=tile.outputs, PDL=step.pdl, num_warps=tile.warps, num_stages=tile.stages, **step.more,
+    )  # fmt: skip
+
+
+def _sizes(step: DecodeStep, name: str, y: Tensor) -> tuple[Tile, tuple[int, int], int, int]:
+    """The tile, (B, O), parts, and the rows of a tile."""
+    rows, outputs = y.shape[-2:]
+    return tile_of(name, step.rows), (rows, outputs), y.shape[0] if y.ndim == 3 else 1, max(16, next_power_of_2(rows))
+
+
 def _gemm(step: DecodeStep, name: str, x: Tensor, weight: Tensor, y: Tensor, gain: float, silu: bool = False) -> None:
-    """y [B, O] = gain · x wᵀ, or with silu silu(gate) · up; y [R, B, O]: in R parts."""
-    tile, (rows, outputs) = tile_of(name, step.rows), y.shape[-2:]
-    splits, most = y.shape[0] if y.ndim == 3 else 1, max(16, next_power_of_2(rows))
+    """As `_multiply`, times gain, by a weight that is no linear's."""
+    tile, (rows, outputs), splits, most = _sizes(step, name, y)
     kernels.launch(
         rk._gemm, (-(-outputs // tile.outputs), splits),
         x, weight, y, weight.stride(0), rows, outputs, y.stride(-2), gain,

@@ -73,6 +73,72 @@ if AVAILABLE:
         there = ok & (n < outputs)[None, :]
         tl.store(y_ptr + m[:, None] * y_stride + n[None, :], (acc * gain).to(y_ptr.dtype.element_ty), mask=there)
 
+    @triton.jit
+    def _number(word, at: tl.constexpr, kind: tl.constexpr):
+        """q - 8 of the number that begins at a bit of each word: with q in its mantissa's last bits a float is
+        2 ** (its bits) + q."""
+        q = (word >> at) & 15
+        if kind == tl.bfloat16:
+            return (q.to(tl.int16) | 0x4300).to(kind, bitcast=True) - 136.0
+        elif kind == tl.float16:
+            return (q.to(tl.int16) | 0x6400).to(kind, bitcast=True) - 1032.0
+        else:
+            return (q - 8).to(kind)
+
+    @triton.jit
+    def _numbers(word, kind: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+        """[BN, GROUP] of words [BN, GROUP / 8]; number i of a word is at bit 4 i."""
+        even = tl.join(
+            tl.join(_number(word, 0, kind), _number(word, 16, kind)),
+            tl.join(_number(word, 8, kind), _number(word, 24, kind)),
+        )
+        odd = tl.join(
+            tl.join(_number(word, 4, kind), _number(word, 20, kind)),
+            tl.join(_number(word, 12, kind), _number(word, 28, kind)),
+        )
+        return tl.reshape(tl.join(even, odd), (BN, GROUP))
+
+    @triton.jit(do_not_specialize=["rows"])
+    def _gemm4(
+        x_ptr, w_ptr, s_ptr, y_ptr, rows, outputs, y_stride,
+        FULL: tl.constexpr, X: tl.constexpr, GROUP: tl.constexpr, SILU: tl.constexpr, SPLITS: tl.constexpr,
+        BM: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
+    ):  # fmt: skip
+        """As `_gemm`, of four-bit weights: w int32 [O, X / 8], s [O, X / GROUP]. -8 to 7 are exact in half precision,
+        so the matrix units multiply them as they are, and a group's scale is put to its sums."""
+        GROUPS: tl.constexpr = X // GROUP
+        SPAN: tl.constexpr = (GROUPS + SPLITS - 1) // SPLITS
+        first = tl.program_id(1) * SPAN
+        m = tl.arange(0, BM)
+        n = tl.program_id(0) * BN + tl.arange(0, BN)
+        row = tl.minimum(n, outputs - 1).to(tl.int64)
+        k = tl.arange(0, GROUP)
+        kind: tl.constexpr = x_ptr.dtype.element_ty
+        w_ptrs = w_ptr + row[:, None] * (X // 8) + tl.arange(0, GROUP // 8)[None, :]
+        s_ptrs = s_ptr + row * GROUPS
+        up = outputs.to(tl.int64) * GROUPS
+        x_ptrs = x_ptr + m[:, None] * X + k[None, :]
+        ok = (m < rows)[:, None]
+        acc = tl.zeros((BM, BN), tl.float32)
+        more = tl.zeros((BM, BN), tl.float32)
+        _after_predecessor(PDL)
+        for group in range(first, tl.minimum(first + SPAN, GROUPS)):
+            word = tl.load(w_ptrs + group * (GROUP // 8))
+            scale = tl.load(s_ptrs + group).to(tl.float32)
+            x = tl.load(x_ptrs + group * GROUP) if FULL else tl.load(x_ptrs + group * GROUP, mask=ok, other=0.0)
+            part = tl.dot(x, tl.trans(_numbers(word, kind, BN, GROUP)), input_precision="ieee")
+            acc += part * scale[None, :]
+            if SILU:
+                word = tl.load(w_ptrs + up * (GROUP // 8) + group * (GROUP // 8))
+                scale = tl.load(s_ptrs + up + group).to(tl.float32)
+                part = tl.dot(x, tl.trans(_numbers(word, kind, BN, GROUP)), input_precision="ieee")
+                more += part * scale[None, :]
+        if SILU:
+            acc = acc / (1.0 + tl.exp(-acc)) * more
+        y_ptr += tl.program_id(1) * rows * y_stride
+        there = ok & (n < outputs)[None, :]
+        tl.store(y_ptr + m[:, None] * y_stride + n[None, :], acc.to(y_ptr.dtype.element_ty), mask=there)
+
     @triton.jit(do_not_specialize=["rows"])
     def _add_norm(
         x_ptr, part_ptr, norm_ptr, n_ptr, rows, gain, eps,

@@ -65,9 +65,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         return
     tiles = {name: Tile(8 if "4 bits" in name else 64, 1) for name in decode.TILES}
     monkeypatch.setattr(decode, "TILES", tiles)
-    monkeypatch.setattr(decode_rows, "SEVERAL4", (64, 1))
-    small = {"qkv": 1, "o": 3, "gate_up": 1, "down": 2, "head": 1}
-    small = {name: {1: decode_rows.Tile(64, 32, splits, 1, 1)} for name, splits in small.items()}
+    parts = {"o": 3, "down": 2, "o, 4 bits": 2, "down, 4 bits": 2}
+    small = {name: {1: decode_rows.Tile(64, 32, parts.get(name, 1), 1, 1)} for name in decode_rows.TILES}
     monkeypatch.setattr(decode_rows, "TILES", small)
 
 
