@@ -17,6 +17,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ import torch
 from minitune.infer.engine import Engine, answer_all
 from minitune.infer.request import Handle, Request
 from minitune.infer.sampling import Sampling
-from minitune.model import decode
+from minitune.model import decode, kernels
 from minitune.model.cache import PAGE, DecodeLayout, PagedCache
 from minitune.model.decode import Columns, DecodeStep, Split, Tile
 from minitune.model.decoder import Decoder, DecoderConfig
@@ -221,7 +222,7 @@ def launches(step: DecodeStep) -> Iterator[tuple[str, Callable[[], object], int,
     }
     for name, call in kinds.items():
         of = getattr(d.layers[0].attn if name in ("qkv", "o") else d.layers[0].mlp, name)
-        yield name + four, lambda call=call: [call(layer) for layer in d.layers], len(d.layers), size(of)
+        yield name + four, lambda call=call: [call(layer) for layer in step.layers], len(step.layers), size(of)
     v = d.config.vocab_size
     head = lambda: step._gemv("head", step.x, d.head_weight, step.logits[:, :v], 1.0, d.norm, False, False)  # noqa: E731
     yield "head", head, 1, d.head_weight.numel() * 2
@@ -269,12 +270,30 @@ def table_of(step: DecodeStep) -> None:
         print(f"   {event.device_time_total:8.0f} us  {event.count:4d} x  {event.key[:70]}")
 
 
+def compile_all(step: DecodeStep) -> None:
+    """All tiles at once, on all processors."""
+    step.layers = step.layers[:1]
+    with ThreadPoolExecutor(16) as pool:
+        try:
+            with kernels.compiling(pool):
+                for name, call, _, _ in launches(step):
+                    kept = decode.TILES[name]
+                    for tile in CANDIDATES[name]:
+                        decode.TILES[name] = tile
+                        call()
+                    decode.TILES[name] = kept
+        except Exception as error:  # the one that is at fault is named when it is tried
+            print(f"   compiling: {type(error).__name__}: {str(error)[:80]}")
+
+
 @torch.inference_mode()
 def tune(decoder: Decoder, seconds: float = 60.0) -> None:
     start = time.perf_counter()
     cache, columns = held(decoder, 1, 190)
     step = DecodeStep(decoder, cache, columns, 1, 4096)
     step.slot_B.zero_()
+    compile_all(DecodeStep(decoder, cache, columns, 1, 4096))
+    print(f"compiled in {time.perf_counter() - start:.0f} s; step {microseconds(lambda: step.run(False)):.0f} us")
     for name, call, count, size in launches(step):
         kept, found = decode.TILES[name], {}
         for tile in [kept, *(t for t in CANDIDATES[name] if t != kept)]:
@@ -292,6 +311,7 @@ def tune(decoder: Decoder, seconds: float = 60.0) -> None:
             print(f"tune {name:16s} now {found.get(kept, float('nan')):6.1f}, best {found[best]:6.1f} us "
                   f"{tuple(best)}, {size / found[best] / 1e3:.0f} GB/s", flush=True)  # fmt: skip
             print("   " + "  ".join(f"{tuple(t)}:{us:.1f}" for t, us in sorted(found.items(), key=lambda p: p[1])))
+    print(f"tune: step {microseconds(lambda: step.run(False)):.0f} us")
     for rows in (1, 64):
         cache, columns = held(decoder, rows, 190)
         step = DecodeStep(decoder, cache, columns, rows, 4096)

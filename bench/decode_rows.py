@@ -187,7 +187,7 @@ def attention(decoder: Decoder, rows: int) -> None:
     for split in ATTEND:
         decode.ATTEND = {1: split}
         step = step_of(decoder, rows)
-        us = microseconds(lambda s=step: [s._attend(i, False) for i in range(40)], 40)
+        us = microseconds(lambda s=step: [s._attend(i, False) for i in range(len(s.layers))], len(step.layers))
         found.append((whole(decoder, rows), us, split))
     found.sort()
     decode.ATTEND = kept | {rows: found[0][2]}
