@@ -40,7 +40,7 @@ ROWS = [Tile(r, w) for r, w in ((2, 4), (4, 4), (8, 4), (4, 2), (2, 8), (4, 8), 
 ROWS4 = [Tile(r, w) for r, w in ((1, 2), (2, 2), (4, 2), (2, 1), (4, 1), (2, 4), (4, 4))]
 CANDIDATES: dict[str, list[Tile]] = {name: ROWS4 if "4 bits" in name else ROWS for name in decode.TILES}
 CANDIDATES["head"] = [Tile(r, w) for r, w in ((4, 4), (8, 4), (8, 8), (16, 4), (4, 8))]
-SPLITS = [Split(k, s, w) for k, s, w in ((64, 1, 4), (128, 1, 8), (128, 1, 4), (64, 2, 4), (64, 4, 4), (32, 1, 2))]
+SPLITS = [Split(*s) for s in ((64, 1, 4), (128, 1, 8), (128, 1, 4), (64, 2, 4), (64, 4, 4), (64, 1, 4, 3), (32, 4, 2))]
 
 
 def decoder_of(four_bits: bool) -> Decoder:
@@ -243,7 +243,7 @@ def profile(decoder: Decoder, name: str) -> None:
             best = microseconds(step.take_best)
             print(f"profile {name}: {rows} rows, PDL {pdl}: step {whole:.0f} us, {rows / whole * 1e6:.0f} tok/s; "
                   f"likeliest {best:.1f} us", flush=True)  # fmt: skip
-            step.at_B.fill_(190)
+            step._enter()
             us = microseconds(lambda s=step: [s._attend(i, False) for i in range(40)], 40)
             print(f"   attend   {us:6.1f} us  {rows * 191 * 36 * 64 * 4 / us / 1e3:6.0f} GB/s")
             if rows == 1:
@@ -312,24 +312,18 @@ def tune(decoder: Decoder, seconds: float = 60.0) -> None:
                   f"{tuple(best)}, {size / found[best] / 1e3:.0f} GB/s", flush=True)  # fmt: skip
             print("   " + "  ".join(f"{tuple(t)}:{us:.1f}" for t, us in sorted(found.items(), key=lambda p: p[1])))
     print(f"tune: step {microseconds(lambda: step.run(False)):.0f} us")
-    for rows in (1, 64):
-        cache, columns = held(decoder, rows, 190)
-        step = DecodeStep(decoder, cache, columns, rows, 4096)
-        step.slot_B.copy_(torch.arange(rows))
-        step.at_B.fill_(190)
-        kept, found = decode.ATTEND, {}
-        for split in [s for s in SPLITS if rows == 1 or s.splits == 1]:
-            decode.ATTEND = {1: split}
-            try:
-                step = DecodeStep(decoder, cache, columns, rows, 4096)
-                step.at_B.fill_(190)
-                step.slot_B.copy_(torch.arange(rows))
-                found[split] = microseconds(lambda s=step: [s._attend(i, False) for i in range(40)], 40)
-            except Exception as error:
-                print(f"   attend {tuple(split)}: {type(error).__name__}")
-        decode.ATTEND = kept
-        text = "  ".join(f"{tuple(t)}:{us:.1f}" for t, us in sorted(found.items(), key=lambda p: p[1]))
-        print(f"tune attend, {rows} rows: {text}", flush=True)
+    kept, by_split = decode.ATTEND, {}
+    for split in SPLITS:
+        decode.ATTEND = {1: split}
+        step = DecodeStep(decoder, cache, columns, 1, 4096)
+        step.slot_B.zero_()
+        columns.position_S.fill_(190)
+        step._enter()
+        us = microseconds(lambda s=step: [s._attend(i, False) for i in range(40)], 40)
+        by_split[split] = microseconds(lambda s=step: s.run(False)), us
+    decode.ATTEND = kept
+    text = "  ".join(f"{tuple(t)}:{w:.0f},{us:.1f}" for t, (w, us) in sorted(by_split.items(), key=lambda p: p[1]))
+    print(f"tune attend (step, by itself): {text}", flush=True)
 
 
 @torch.inference_mode()

@@ -29,38 +29,36 @@ FOUR = [Tile(n, 0, 1, w, s) for n, w, s in (
 )]  # fmt: skip
 CANDIDATES: dict[str, dict[int, list[Tile]]] = {
     "qkv": {
-        1: [Tile(64, 128), Tile(64, 256, stages=3), Tile(32, 256), Tile(32, 128, stages=5), Tile(64, 128, warps=8)],
-        32: [Tile(64, 128), Tile(64, 64, stages=5), Tile(64, 64, stages=8), Tile(32, 128), Tile(32, 64, stages=6),
-             Tile(64, 128, warps=8), Tile(128, 64, warps=8, stages=6)],
+        1: [Tile(64, 128, warps=8), Tile(64, 256, stages=3), Tile(32, 128, stages=5), Tile(64, 256, 1, 8, 4)],
+        32: [Tile(64, 64, stages=8), Tile(64, 128), Tile(32, 128), Tile(64, 256, stages=3), Tile(64, 256, 1, 8, 3),
+             Tile(64, 128, stages=6)],
     },
     "o": {
-        1: [Tile(64, 128, 4), Tile(64, 128, 3), Tile(32, 128, 3), Tile(32, 128, 2), Tile(64, 64, 4, stages=6)],
-        32: [Tile(64, 64, 4, stages=5), Tile(64, 128, 3), Tile(64, 64, 6), Tile(32, 128, 2), Tile(64, 64, 3, stages=8),
-             Tile(64, 64, 4, 8, 5), Tile(128, 64, 6, 8, 5)],
+        1: [Tile(32, 128, 3), Tile(64, 128, 3), Tile(32, 128, 2), Tile(64, 64, 4, stages=6)],
+        32: [Tile(64, 64, 3, stages=8), Tile(64, 128, 3), Tile(64, 64, 4, stages=5), Tile(64, 256, 3, stages=3)],
     },
     "gate_up": {
-        1: [Tile(32, 128), Tile(32, 256, stages=3), Tile(16, 256), Tile(64, 128), Tile(64, 128, warps=8)],
-        32: [Tile(64, 64, stages=5), Tile(32, 64, stages=6), Tile(32, 128, stages=3), Tile(64, 128, stages=3),
-             Tile(64, 64, warps=8, stages=5), Tile(16, 128), Tile(32, 64)],
+        1: [Tile(32, 128), Tile(32, 256, stages=3), Tile(64, 128), Tile(16, 256)],
+        32: [Tile(64, 64, stages=5), Tile(64, 64, stages=8), Tile(64, 128, stages=3), Tile(64, 128), Tile(32, 128),
+             Tile(32, 128, stages=3), Tile(32, 256, 1, 8, 3), Tile(64, 64, 1, 8, 8)],
     },
     "down": {
-        1: [Tile(64, 128, 5), Tile(64, 128, 3), Tile(32, 128, 3), Tile(32, 256, 3, stages=3),
-            Tile(64, 64, 5, stages=6)],
-        32: [Tile(64, 64, 5, stages=5), Tile(64, 64, 3, stages=8), Tile(64, 128, 3), Tile(64, 128, 5, stages=3),
-             Tile(64, 64, 6), Tile(128, 64, 6, 8, 5), Tile(32, 128, 3, stages=3)],
+        1: [Tile(64, 128, 3), Tile(32, 128, 3), Tile(64, 64, 5, stages=6), Tile(64, 128, 5)],
+        32: [Tile(64, 64, 3, stages=8), Tile(64, 128, 3), Tile(64, 128, 3, stages=6), Tile(64, 256, 3, stages=3)],
     },
     "head": {
-        1: [Tile(128, 64), Tile(64, 128), Tile(128, 128, warps=8), Tile(64, 256, stages=3)],
-        32: [Tile(128, 64), Tile(128, 64, warps=8), Tile(64, 128, stages=3), Tile(64, 64, stages=5),
-             Tile(128, 128, 1, 8, 3), Tile(256, 64, 1, 8, 3)],
+        1: [Tile(64, 128), Tile(64, 256, stages=3)],
+        32: [Tile(64, 64, stages=5)],
     },
     "qkv, 4 bits": {1: FOUR[:6], 32: FOUR[4:]},
     "o, 4 bits": {1: [Tile(n, 0, r) for n in (32, 64) for r in (3, 6)], 32: [Tile(64, 0, r, 4, 3) for r in (3, 6)]},
     "gate_up, 4 bits": {1: FOUR[:6], 32: FOUR[4:]},
     "down, 4 bits": {1: [Tile(n, 0, r) for n in (32, 64) for r in (3, 5)], 32: [Tile(64, 0, r, 4, 3) for r in (3, 5)]},
 }  # fmt: skip
-EARLY = (0, 256, 1024, 2048)
-ATTEND = [Split(64, 1, 4), Split(32, 1, 2), Split(32, 1, 4), Split(64, 1, 8), Split(128, 1, 8)]
+EARLY = (0, 256, 1024)
+ATTEND = [Split(64, 1, 4), Split(32, 1, 4), Split(16, 1, 2, 3), Split(16, 1, 2, 4), Split(16, 1, 2, 6), Split(16, 1, 2),
+          Split(16, 1, 1), Split(32, 1, 2, 2), Split(32, 1, 2, 3), Split(32, 1, 4, 2), Split(64, 1, 4, 2),
+          Split(8, 1, 1, 4)]  # fmt: skip
 
 
 def step_of(decoder: Decoder, rows: int) -> DecodeStep:
@@ -68,7 +66,8 @@ def step_of(decoder: Decoder, rows: int) -> DecodeStep:
     cache, columns = held(decoder, rows, 190)
     step = DecodeStep(decoder, cache, columns, rows, 4096)
     step.slot_B.copy_(torch.arange(rows))
-    step.at_B.fill_(190)
+    step._enter()
+    columns.position_S[:rows] = 190
     return step
 
 
@@ -146,6 +145,12 @@ def tune(decoder: Decoder, rows: int, seconds: float) -> None:
     compile_all(decoder, rows, early)
     for name, tiles in early.items():
         choose(decoder, rows, name, tiles, start + seconds)
+    found = {}
+    for warps in (4, 8, 16):
+        decode_rows.NORM_WARPS = warps
+        found[warps] = whole(decoder, rows)
+    decode_rows.NORM_WARPS = min(found, key=found.__getitem__)
+    print(f"{rows} rows, warps of a norm: {found}")
     print(f"{rows} rows, found: { {name: tuple(decode_rows.tile_of(name, rows)) for name in names} }")
 
 

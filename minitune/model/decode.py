@@ -44,20 +44,22 @@ TILES = {
     "gate_up": Tile(2, 4),
     "down": Tile(2, 8),
     "head": Tile(8, 4),
-    "qkv, 4 bits": Tile(4, 1),
-    "o, 4 bits": Tile(4, 1),
-    "gate_up, 4 bits": Tile(2, 1),
-    "down, 4 bits": Tile(4, 2),
+    "qkv, 4 bits": Tile(4, 2),
+    "o, 4 bits": Tile(4, 2),
+    "gate_up, 4 bits": Tile(4, 2),
+    "down, 4 bits": Tile(4, 1),
     "adapter's A": Tile(1, 4),
 }
 
 
 class Split(NamedTuple):
-    """Keys a block, programs that a row's keys are dealt to, and warps of one."""
+    """Keys a block, programs that a row's keys are dealt to, warps of one, and its blocks under way (1: the next one
+    lies in registers; more, for heads with keys of their own: in shared memory)."""
 
     keys: int
     splits: int
     warps: int
+    stages: int = 1
 
 
 # By rows (the largest that is not above) for contexts that fit into LONG tokens, and for longer ones.
@@ -115,6 +117,7 @@ class DecodeStep:
         idle = columns.token_S.shape[0] - 1
         self.slot_B = torch.full((rows,), idle, device=device)
         self.at_B = made(rows, kind=torch.int64)
+        self.pages = made(rows, columns.table_SP.shape[1], kind=torch.int64)
         self.cos, self.sin = made(rows, F, kind=torch.float32), made(rows, F, kind=torch.float32)
         self.x, self.n, self.h = (made(rows, hidden) for _ in range(3))
         self.qkv = made(rows, (self.heads + 2 * self.kv_heads) * self.head_dim)
@@ -171,9 +174,11 @@ class DecodeStep:
         decoder, columns = self.decoder, self.columns
         hidden, table = decoder.config.hidden_size, not decoder.rope.needs_length
         dk._enter[(self.rows,)](
-            self.slot_B, columns.token_S, columns.position_S, decoder.embed.weight, *self.angles,
-            self.x, self.at_B, self.cos, self.sin, decoder.config.embedding_multiplier, columns.token_S.shape[0] - 1,
-            H=hidden, F=self.head_dim // 2, BH=next_power_of_2(hidden), BF=next_power_of_2(self.head_dim // 2),
+            self.slot_B, columns.token_S, columns.position_S, columns.table_SP, decoder.embed.weight, *self.angles,
+            self.x, self.at_B, self.pages, self.cos, self.sin, columns.table_SP.stride(0),
+            decoder.config.embedding_multiplier, columns.token_S.shape[0] - 1,
+            H=hidden, F=self.head_dim // 2, P=self.pages.shape[1], BH=next_power_of_2(hidden),
+            BF=next_power_of_2(self.head_dim // 2), BP=next_power_of_2(self.pages.shape[1]),
             TABLE=table, num_warps=4,
         )  # fmt: skip
         if not table:
@@ -248,14 +253,14 @@ class DecodeStep:
     def _attend(self, index: int, long: bool) -> None:
         """y of qkv: the layer's attention; the new keys and values go into their pages."""
         N, K, D = self.heads, self.kv_heads, self.head_dim
-        split, table = _of(ATTEND_LONG if long else ATTEND, self.rows), self.columns.table_SP
+        split = _of(ATTEND_LONG if long else ATTEND, self.rows)
         scale = self.decoder.config.attention_scale * math.log2(math.e)
         decode_attention._attend[(self.rows * K, split.splits)](
-            self.qkv, self.cos, self.sin, self.at_B, self.slot_B, table, self.cache.keys[index],
-            self.cache.values[index], self.y, self.part, self.mass, table.stride(0), scale,
-            N=N, K=K, D=D, PAGE=pages.PAGE, M=split.keys, SPLITS=split.splits,
-            Q=1 if N == K else max(16, next_power_of_2(N // K)), PDL=self.pdl, num_warps=split.warps, num_stages=1,
-            **self.more,
+            self.qkv, self.cos, self.sin, self.at_B, self.pages, self.cache.keys[index], self.cache.values[index],
+            self.y, self.part, self.mass, scale,
+            N=N, K=K, D=D, P=self.pages.shape[1], PAGE=pages.PAGE, M=split.keys, SPLITS=split.splits,
+            Q=1 if N == K else max(16, next_power_of_2(N // K)), STAGES=split.stages, PDL=self.pdl,
+            num_warps=split.warps, num_stages=1, **self.more,
         )  # fmt: skip
         if split.splits > 1:
             decode_attention._merge[(self.rows * N,)](

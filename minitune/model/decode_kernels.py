@@ -30,12 +30,13 @@ if AVAILABLE:
 
     @triton.jit
     def _enter(
-        slot_ptr, token_ptr, position_ptr, embed_ptr, cos_table_ptr, sin_table_ptr,
-        x_ptr, at_ptr, cos_ptr, sin_ptr, gain, idle,
-        H: tl.constexpr, F: tl.constexpr, BH: tl.constexpr, BF: tl.constexpr, TABLE: tl.constexpr,
+        slot_ptr, token_ptr, position_ptr, table_ptr, embed_ptr, cos_table_ptr, sin_table_ptr,
+        x_ptr, at_ptr, pages_ptr, cos_ptr, sin_ptr, table_stride, gain, idle,
+        H: tl.constexpr, F: tl.constexpr, P: tl.constexpr, BH: tl.constexpr, BF: tl.constexpr, BP: tl.constexpr,
+        TABLE: tl.constexpr,
     ):  # fmt: skip
         """A row a program: its token's embedding times gain, its position (which moves on in its slot; the idle slot
-        stays at 0), and with TABLE the position's angles."""
+        stays at 0), its pages, and with TABLE the position's angles."""
         row = tl.program_id(0)
         slot = tl.load(slot_ptr + row)
         token = tl.load(token_ptr + slot)
@@ -44,6 +45,9 @@ if AVAILABLE:
         x = tl.load(embed_ptr + token * H + c, mask=c < H, other=0.0).to(tl.float32) * gain
         tl.store(x_ptr + row * H + c, x.to(x_ptr.dtype.element_ty), mask=c < H)
         tl.store(at_ptr + row, position)
+        p = tl.arange(0, BP)
+        page = tl.load(table_ptr + slot * table_stride + p, mask=p < P, other=0)
+        tl.store(pages_ptr + row * P + p, page, mask=p < P)
         if TABLE:
             f = tl.arange(0, BF)
             tl.store(cos_ptr + row * F + f, tl.load(cos_table_ptr + position * F + f, mask=f < F), mask=f < F)

@@ -22,7 +22,9 @@ from minitune.model.quantized import Int4Linear
 if TYPE_CHECKING:
     from minitune.model.decode import DecodeStep
 
-ROOM = 160 << 10  # bytes of shared memory that the largest tile takes
+HEAD_ROWS = 32  # from which on the library's wider tiles read the head faster
+NORM_WARPS = 8
+ROOM = 200 << 10  # bytes of shared memory that the largest tile takes
 
 
 class Tile(NamedTuple):
@@ -40,14 +42,14 @@ class Tile(NamedTuple):
 
 # By rows, the largest that is not above.
 TILES: dict[str, dict[int, Tile]] = {
-    "qkv": {1: Tile(64, 128), 32: Tile(64, 64, stages=5)},
-    "o": {1: Tile(64, 128, 4), 32: Tile(64, 64, 4, stages=5)},
-    "gate_up": {1: Tile(32, 128), 32: Tile(64, 64, stages=5)},
-    "down": {1: Tile(64, 128, 5), 32: Tile(64, 64, 5, stages=5)},
-    "head": {1: Tile(128, 64), 32: Tile(128, 64)},
-    "qkv, 4 bits": {1: Tile(32), 32: Tile(64, stages=3)},
-    "o, 4 bits": {1: Tile(32, 0, 3), 32: Tile(64, 0, 3, stages=3)},
-    "gate_up, 4 bits": {1: Tile(32), 32: Tile(32, stages=3)},
+    "qkv": {1: Tile(64, 128, warps=8, early=0), 32: Tile(64, 64, stages=8, early=256)},
+    "o": {1: Tile(32, 128, 3, early=0), 32: Tile(64, 128, 3, early=256)},
+    "gate_up": {1: Tile(32, 128, early=1024), 32: Tile(64, 64, stages=5, early=0)},
+    "down": {1: Tile(64, 128, 3, early=0), 32: Tile(64, 64, 3, stages=8, early=256)},
+    "head": {1: Tile(64, 128, early=0), 32: Tile(64, 64, stages=5, early=0)},
+    "qkv, 4 bits": {1: Tile(32, warps=2), 32: Tile(32, stages=3)},
+    "o, 4 bits": {1: Tile(64, 0, 6), 32: Tile(64, 0, 6, stages=3)},
+    "gate_up, 4 bits": {1: Tile(32, warps=2), 32: Tile(32, stages=3)},
     "down, 4 bits": {1: Tile(32, 0, 5), 32: Tile(64, 0, 5, stages=3)},
 }
 
@@ -87,7 +89,7 @@ def run(step: DecodeStep, long: bool, adapters: bool) -> None:
         back = _back(step, "down", layer.mlp.down, step.act, adapters)
     _add_norm(step, back, decoder.norm)
     head, scaling = decoder.head_weight, decoder.config.logits_scaling
-    if step.own:
+    if step.own and step.rows < HEAD_ROWS:
         _gemm(step, "head", step.n, head, step.scores, 1 / scaling)
     else:
         torch.div(step.n, scaling, out=step.h)
@@ -106,7 +108,7 @@ def _add_norm(step: DecodeStep, back: Tensor | None, norm: Any) -> None:
         rk._add_norm, (step.rows,),
         step.x, step.x if back is None else back, norm.weight, step.n, step.rows,
         step.decoder.config.residual_multiplier, norm.eps,
-        H=hidden, BH=next_power_of_2(hidden), PARTS=parts, PDL=step.pdl, num_warps=8, **step.more,
+        H=hidden, BH=next_power_of_2(hidden), PARTS=parts, PDL=step.pdl, num_warps=NORM_WARPS, **step.more,
     )  # fmt: skip
 
 

@@ -40,21 +40,21 @@ if AVAILABLE:
         n = tl.program_id(0) * BN + tl.arange(0, BN)
         row = tl.minimum(n, outputs - 1).to(tl.int64)
         k = tl.arange(0, BK)
-        first = split * SPAN
-        w_ptrs = w_ptr + row[:, None] * w_stride + first
+        first = split * BK  # the splits' blocks lie side by side: what is read at one time is one run of memory
+        w_ptrs = w_ptr + row[:, None] * w_stride
         up = outputs.to(tl.int64) * w_stride
         if PDL and EARLY > 0:
-            line = tl.arange(0, EARLY // 64)[None, :] * 64  # a line holds 64 numbers of half precision
-            _soon(w_ptrs + tl.minimum(line, X - 1 - first))
+            line = tl.arange(0, EARLY // 64)[None, :] * 64 + split * EARLY  # 64 numbers of half precision a line
+            _soon(w_ptrs + tl.minimum(line, X - 1))
             if SILU:
-                _soon(w_ptrs + up + tl.minimum(line, X - 1 - first))
-        w_ptrs += k[None, :]
+                _soon(w_ptrs + up + tl.minimum(line, X - 1))
+        w_ptrs += first + k[None, :]
         x_ptrs = x_ptr + m[:, None] * X + first + k[None, :]
         ok = (m < rows)[:, None]
         acc = tl.zeros((BM, BN), tl.float32)
         more = tl.zeros((BM, BN), tl.float32)
         _after_predecessor(PDL)
-        for at in range(0, SPAN, BK):
+        for at in range(0, SPAN * SPLITS, SPLITS * BK):
             if WHOLE:
                 w = tl.load(w_ptrs + at)
                 x = tl.load(x_ptrs + at) if FULL else tl.load(x_ptrs + at, mask=ok, other=0.0)
