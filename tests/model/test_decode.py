@@ -178,6 +178,22 @@ def test_a_step_is_the_plain_layers(config: DecoderConfig, lengths: list[int], r
 
 
 @pytest.mark.parametrize("lengths, rows", [([37], 1), ([5, 61, 0], 4)])
+def test_blocks_in_shared_memory(monkeypatch: pytest.MonkeyPatch, lengths: list[int], rows: int) -> None:
+    monkeypatch.setattr(decode, "ATTEND", {1: Split(16, 1, 4, 3)})
+    monkeypatch.setattr(decode, "ATTEND_LONG", {1: Split(16, 2, 4, 2)})
+    for long in (False, True):
+        compare(decoder_of(SHAPE), lengths, rows, long, 1e-5, steps=1)
+
+
+@pytest.mark.parametrize("own, head", [(False, 32), (True, 2)])
+def test_by_the_librarys_products(monkeypatch: pytest.MonkeyPatch, own: bool, head: int) -> None:
+    """All of them, as on a small card, or the head's alone, as with many rows."""
+    monkeypatch.setattr(decode_rows, "own", lambda device, dtype: own)
+    monkeypatch.setattr(decode_rows, "HEAD_ROWS", head)
+    compare(decoder_of(GQA), [5, 61, 0], 4, False, 1e-5)
+
+
+@pytest.mark.parametrize("lengths, rows", [([37], 1), ([5, 61, 0], 4)])
 def test_in_half_precision(lengths: list[int], rows: int) -> None:
     compare(decoder_of(SHAPE, torch.float16), lengths, rows, False, 4e-3)
 
