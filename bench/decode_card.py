@@ -18,6 +18,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ import torch
 from minitune.infer.engine import Engine, answer_all
 from minitune.infer.request import Handle, Request
 from minitune.infer.sampling import Sampling
-from minitune.model import decode
+from minitune.model import decode, kernels
 from minitune.model.cache import PAGE, DecodeLayout, PagedCache, Part, PrefillLayout
 from minitune.model.decode import Columns, DecodeStep, Split, Tile
 from minitune.model.decoder import Decoder, DecoderConfig
@@ -38,11 +39,10 @@ SHAPE = DecoderConfig(
     logits_scaling=9.0,
 )  # fmt: skip
 ROWS = [Tile(r, w) for r, w in ((2, 4), (4, 4), (8, 4), (4, 2), (2, 8), (4, 8), (1, 4))]
-ROWS4 = [Tile(r, w) for r, w in ((1, 2), (2, 2), (4, 2), (8, 2), (2, 1), (4, 1), (8, 1), (2, 4), (4, 4), (8, 4))]
+ROWS4 = [Tile(r, w) for r, w in ((1, 2), (2, 2), (4, 2), (2, 1), (4, 1), (2, 4), (4, 4))]
 CANDIDATES: dict[str, list[Tile]] = {name: ROWS4 if "4 bits" in name else ROWS for name in decode.TILES}
 CANDIDATES["head"] = [Tile(r, w) for r, w in ((4, 4), (8, 4), (8, 8), (16, 4), (4, 8))]
-CANDIDATES["several rows, 4 bits"] = [Tile(r, w) for r, w in ((16, 4), (32, 4), (64, 4), (32, 2), (64, 8))]
-SPLITS = [Split(k, s, w) for k, s, w in ((64, 1, 4), (128, 1, 8), (128, 1, 4), (64, 2, 4), (64, 4, 4), (32, 1, 2))]
+SPLITS = [Split(*s) for s in ((64, 1, 4), (128, 1, 8), (128, 1, 4), (64, 2, 4), (64, 4, 4), (64, 1, 4, 3), (32, 4, 2))]
 
 
 def decoder_of(four_bits: bool) -> Decoder:
@@ -301,7 +301,7 @@ def launches(step: DecodeStep) -> Iterator[tuple[str, Callable[[], object], int,
     }
     for name, call in kinds.items():
         of = getattr(d.layers[0].attn if name in ("qkv", "o") else d.layers[0].mlp, name)
-        yield name + four, lambda call=call: [call(layer) for layer in d.layers], len(d.layers), size(of)
+        yield name + four, lambda call=call: [call(layer) for layer in step.layers], len(step.layers), size(of)
     v = d.config.vocab_size
     head = lambda: step._gemv("head", step.x, d.head_weight, step.logits[:, :v], 1.0, d.norm, False, False)  # noqa: E731
     yield "head", head, 1, d.head_weight.numel() * 2
@@ -322,7 +322,7 @@ def profile(decoder: Decoder, name: str) -> None:
             best = microseconds(step.take_best)
             print(f"profile {name}: {rows} rows, PDL {pdl}: step {whole:.0f} us, {rows / whole * 1e6:.0f} tok/s; "
                   f"likeliest {best:.1f} us", flush=True)  # fmt: skip
-            step.at_B.fill_(190)
+            step._enter()
             us = microseconds(lambda s=step: [s._attend(i, False) for i in range(40)], 40)
             print(f"   attend   {us:6.1f} us  {rows * 191 * 36 * 64 * 4 / us / 1e3:6.0f} GB/s")
             if rows == 1:
@@ -349,12 +349,30 @@ def table_of(step: DecodeStep) -> None:
         print(f"   {event.device_time_total:8.0f} us  {event.count:4d} x  {event.key[:70]}")
 
 
+def compile_all(step: DecodeStep) -> None:
+    """All tiles at once, on all processors."""
+    step.layers = step.layers[:1]
+    with ThreadPoolExecutor(16) as pool:
+        try:
+            with kernels.compiling(pool):
+                for name, call, _, _ in launches(step):
+                    kept = decode.TILES[name]
+                    for tile in CANDIDATES[name]:
+                        decode.TILES[name] = tile
+                        call()
+                    decode.TILES[name] = kept
+        except Exception as error:  # the one that is at fault is named when it is tried
+            print(f"   compiling: {type(error).__name__}: {str(error)[:80]}")
+
+
 @torch.inference_mode()
 def tune(decoder: Decoder, seconds: float = 60.0) -> None:
     start = time.perf_counter()
     cache, columns = held(decoder, 1, 190)
     step = DecodeStep(decoder, cache, columns, 1, 4096)
     step.slot_B.zero_()
+    compile_all(DecodeStep(decoder, cache, columns, 1, 4096))
+    print(f"compiled in {time.perf_counter() - start:.0f} s; step {microseconds(lambda: step.run(False)):.0f} us")
     for name, call, count, size in launches(step):
         kept, found = decode.TILES[name], {}
         for tile in [kept, *(t for t in CANDIDATES[name] if t != kept)]:
@@ -372,24 +390,19 @@ def tune(decoder: Decoder, seconds: float = 60.0) -> None:
             print(f"tune {name:16s} now {found.get(kept, float('nan')):6.1f}, best {found[best]:6.1f} us "
                   f"{tuple(best)}, {size / found[best] / 1e3:.0f} GB/s", flush=True)  # fmt: skip
             print("   " + "  ".join(f"{tuple(t)}:{us:.1f}" for t, us in sorted(found.items(), key=lambda p: p[1])))
-    for rows in (1, 64):
-        cache, columns = held(decoder, rows, 190)
-        step = DecodeStep(decoder, cache, columns, rows, 4096)
-        step.slot_B.copy_(torch.arange(rows))
-        step.at_B.fill_(190)
-        kept, found = decode.ATTEND, {}
-        for split in [s for s in SPLITS if rows == 1 or s.splits == 1]:
-            decode.ATTEND = {1: split}
-            try:
-                step = DecodeStep(decoder, cache, columns, rows, 4096)
-                step.at_B.fill_(190)
-                step.slot_B.copy_(torch.arange(rows))
-                found[split] = microseconds(lambda s=step: [s._attend(i, False) for i in range(40)], 40)
-            except Exception as error:
-                print(f"   attend {tuple(split)}: {type(error).__name__}")
-        decode.ATTEND = kept
-        text = "  ".join(f"{tuple(t)}:{us:.1f}" for t, us in sorted(found.items(), key=lambda p: p[1]))
-        print(f"tune attend, {rows} rows: {text}", flush=True)
+    print(f"tune: step {microseconds(lambda: step.run(False)):.0f} us")
+    kept, by_split = decode.ATTEND, {}
+    for split in SPLITS:
+        decode.ATTEND = {1: split}
+        step = DecodeStep(decoder, cache, columns, 1, 4096)
+        step.slot_B.zero_()
+        columns.position_S.fill_(190)
+        step._enter()
+        us = microseconds(lambda s=step: [s._attend(i, False) for i in range(40)], 40)
+        by_split[split] = microseconds(lambda s=step: s.run(False)), us
+    decode.ATTEND = kept
+    text = "  ".join(f"{tuple(t)}:{w:.0f},{us:.1f}" for t, (w, us) in sorted(by_split.items(), key=lambda p: p[1]))
+    print(f"tune attend (step, by itself): {text}", flush=True)
 
 
 @torch.inference_mode()
