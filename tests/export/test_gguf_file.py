@@ -106,6 +106,18 @@ def test_rows_that_no_block_fits(tmp_path: Path, capsys: pytest.CaptureFixture) 
     assert GgufFile(tmp_path / "x.gguf").kind("model.layers.0.mlp.down_proj.weight") == "F16"
 
 
+@pytest.mark.parametrize("format, output", [("hf", "out"), ("gguf", "out"), ("gguf", "x.gguf")])
+def test_every_file_that_is_named_is_there(
+    tuned: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture, format: Any, output: str
+) -> None:
+    """Each line on stdout begins with what was written; the one on other programs' ids names what they read."""
+    export(*tuned, format=format, output=tmp_path / output)
+    lines = capsys.readouterr().out.splitlines()
+    assert all(Path(line.split(": ")[0]).exists() for line in lines), lines
+    named = next(line.split(": ")[0] for line in lines if "other programs" in line)
+    assert named.endswith("chat_template.jinja" if format == "hf" else ".gguf")
+
+
 def test_a_folder_or_a_file(tuned: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """`--output DIR` and `--output x.gguf`; a Modelfile beside it in both; nothing is ever written over."""
     export(*tuned, format="gguf", output=tmp_path / "out")
