@@ -37,7 +37,7 @@ def fields(path: Path) -> dict[str, Any]:
 
 def test_metadata(tuned: tuple[Path, Path], tmp_path: Path) -> None:
     """llama.cpp's keys: shape, scalings by MiniCPM's formulas, vocabulary, special tokens, template, file type."""
-    export(*tuned, format="gguf", quant="q8_0", output=tmp_path / "x.gguf", quiet=True)
+    export(*tuned, format="gguf", quant="Q8_0", output=tmp_path / "x.gguf", quiet=True)
     said = fields(tmp_path / "x.gguf")
     wanted = {
         "general.architecture": "minicpm", "general.file_type": 7, "general.quantization_version": 2,
