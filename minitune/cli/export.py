@@ -16,8 +16,9 @@ SETTINGS = ("model", "adapter", "format", "quant", "output", "dtype", "verify", 
 def declare_export(parser: argparse.ArgumentParser) -> None:
     from minitune.foreign import tables
 
+    base = f"{MODEL}; with --adapter, its base by default"
     unset: dict[str, Any] = {"default": argparse.SUPPRESS}  # so that a file's values count under the flags'
-    parser.add_argument("--model", "--model_name_or_path", help=f"{MODEL}; with --adapter, its base by default", **unset)
+    parser.add_argument("--model", "--model_name_or_path", help=base, **unset)
     parser.add_argument("--adapter", "--adapter_name_or_path", help="merged into the weights", **unset)
     parser.add_argument("--format", choices=("hf", "minicpm", "gguf"), help=FORMAT, **unset)
     parser.add_argument("--quant", metavar="KIND", help=QUANT, **unset)

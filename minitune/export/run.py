@@ -130,7 +130,7 @@ def placed(target: Path) -> Iterator[Path]:
         return
     folder = target.with_name(f".{target.name}.files")
     try:
-        with whole(folder) as part:
+        with whole(folder, named=target) as part:
             yield part
         for file in sorted(folder.iterdir()):
             os.replace(file, target.parent / file.name)

@@ -202,7 +202,7 @@ def test_nothing_half_written(
         export(*tuned, format="gguf", output=tmp_path / target, quiet=True)
     assert not list(tmp_path.iterdir())
     if fail == "disk":
-        assert "no space left" in str(caught.value) and "\n" not in str(caught.value)
+        assert str(caught.value).startswith(f"{tmp_path / target}: no space left") and "\n" not in str(caught.value)
 
 
 def test_a_disk_that_is_full(tuned: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
