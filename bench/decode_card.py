@@ -1,12 +1,13 @@
 """Answering on a card at MiniCPM-2B's shape with random weights: tokens a second and the time to the first token.
 
-    python bench/decode_card.py [--parts check,bf16,int4,transformers] [--tune bf16,int4] [--profile]
+    python bench/decode_card.py [--parts check,prefill,bf16,int4,transformers] [--tune bf16,int4] [--profile]
 
 check: scores of the captured steps beside the plain layers'. bf16, int4: whole answers through the engine to 1, 4, 16
 and 64 questions at once (mean context 192 at most), the first token of a 512-token prompt, seconds until all graphs
-are recorded. transformers: `generate` with its dynamic cache, the same shape and lengths. --profile: each kernel's
-time in a step and its bandwidth. --tune: other tiles than `decode.TILES`, the best named. A part that fails does not
-end the others.
+are recorded. prefill: prompts by hand beside the plain layers, and where the time to a first token goes.
+transformers: `generate` with its dynamic cache, the same shape and lengths. --profile: each kernel's time in a
+step and its bandwidth. --tune: other tiles than `decode.TILES`, the best named. A part that fails does not end the
+others.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from minitune.infer.engine import Engine, answer_all
 from minitune.infer.request import Handle, Request
 from minitune.infer.sampling import Sampling
 from minitune.model import decode
-from minitune.model.cache import PAGE, DecodeLayout, PagedCache
+from minitune.model.cache import PAGE, DecodeLayout, PagedCache, Part, PrefillLayout
 from minitune.model.decode import Columns, DecodeStep, Split, Tile
 from minitune.model.decoder import Decoder, DecoderConfig
+from minitune.model.prefill import Piece, Prefill
 from minitune.model.quantized import Int4Linear, quantize_linears
 
 SHAPE = DecoderConfig(
@@ -100,11 +102,11 @@ def same(engine: Engine, asked: list[Request]) -> str:
     return f"{equal} of {len(found[0][0])}"
 
 
-def first_token(engine: Engine) -> list[float]:
+def first_token(engine: Engine, first: int = 500) -> list[float]:
     """Milliseconds, of prompts that share nothing."""
     found = []
     for at in range(8):
-        (request,) = requests(1, 512, 1, first=500 + at)
+        (request,) = requests(1, 512, 1, first=first + at)
         torch.cuda.synchronize()
         start = time.perf_counter()
         handle = engine.submit(request)
@@ -182,6 +184,83 @@ def check(decoder: Decoder, name: str) -> None:
         agree = int((scores.argmax(-1) == plain.argmax(-1)).sum())
         print(f"check {name}: {rows} rows{', long' * long}: distance {far:.4f}, likeliest equal {agree} of {rows}, "
               f"replays equal {same} of 20", flush=True)  # fmt: skip
+
+
+PACKS = {  # (start, stop) of each prompt
+    "512": [(0, 512)],
+    "8 packed": [(0, n) for n in (512, 1, 63, 64, 65, 200, 300, 19)],
+    "one continued": [(448, 512), (100, 511), (511, 512)],
+}
+
+
+@torch.inference_mode()
+def check_prefill(decoder: Decoder, name: str) -> None:
+    """The relative distance of scores, and of what the cache holds, of prompts by hand and by the plain layers."""
+    for kind, spans in PACKS.items():
+        cache, columns = held(decoder, len(spans), 512)
+        asked = requests(len(spans), 512, 1)
+        pieces = [Piece(i, a, list(asked[i].prompt_ids[a:b]), True) for i, (a, b) in enumerate(spans)]
+        ids = torch.tensor([token for piece in pieces for token in piece.ids], device="cuda")
+        position = torch.cat([torch.arange(a, b) for a, b in spans]).cuda()
+        parts = [Part(columns.table_SP[i].tolist(), a, b) for i, (a, b) in enumerate(spans)]
+        ends = torch.tensor([b - a for a, b in spans]).cumsum(0) - 1
+        h = decoder.hidden(ids, position, PrefillLayout(cache, parts, position + 1))
+        plain, kept = decoder.head(h[ends.cuda()]).float(), (cache.keys.clone(), cache.values.clone())
+        by_hand = Prefill(decoder, cache, columns, 4096)
+        scores = by_hand.run(pieces)
+        assert scores is not None
+        far = float((scores.float() - plain).norm() / plain.norm())
+        while by_hand.prepare():
+            pass
+        replayed = [by_hand.run(pieces).clone() for _ in range(6)]  # type: ignore[union-attr]
+        graph_far = float((replayed[0].float() - plain).norm() / plain.norm())
+        held_far = [
+            float((a[:, 1:].float() - b[:, 1:].float()).norm() / b[:, 1:].float().norm())
+            for a, b in zip((cache.keys, cache.values), kept, strict=True)  # page 0 is nobody's
+        ]
+        agree = int((scores.argmax(-1) == plain.argmax(-1)).sum())
+        equal = all(torch.equal(replayed[0], one) for one in replayed)
+        print(f"check prefill {name}: {kind}: distance {far:.4f}, recorded {graph_far:.4f}, keys {held_far[0]:.4f}, "
+              f"values {held_far[1]:.4f}, likeliest {agree} of {len(spans)}, replays equal {equal}")  # fmt: skip
+
+
+@torch.inference_mode()
+def prefill(decoder: Decoder, name: str) -> None:
+    """First tokens of 512 by hand and plainly; the host's and the device's share of a prefill."""
+    check_prefill(decoder, name)
+    engine = Engine(decoder, tokenizer(), slots=64, cache_tokens=64 * 384)
+    by_hand = engine._slots.by_hand
+    assert by_hand is not None, engine.plainly
+    plain = first_token(engine)
+    start = time.perf_counter()
+    while by_hand.prepare():
+        pass
+    torch.cuda.synchronize()
+    print(f"prefill {name}: prepared in {time.perf_counter() - start:.1f} s")
+    ours = first_token(engine, 600)
+    print(f"prefill {name}: first token of 512: best {min(ours):.2f} ms, median {statistics.median(ours):.2f} ms; "
+          f"plain {min(plain):.2f}, {statistics.median(plain):.2f} ms", flush=True)  # fmt: skip
+    for count, length in ((1, 64), (1, 512), (1, 1024), (8, 512), (8, 1024)):
+        by_row = [Piece(i, 0, list(r.prompt_ids), True) for i, r in enumerate(requests(count, length, 1))]
+        found = []
+        for _ in range(8):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            by_hand.run(by_row)
+            given = time.perf_counter()
+            torch.cuda.synchronize()
+            found.append(((time.perf_counter() - start) * 1e3, (given - start) * 1e3))
+        whole, host = min(found)
+        print(f"   {count} x {length}: {whole:.2f} ms, of it the host's launches {host:.2f} ms", flush=True)
+        if (count, length) == (1, 512):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+                by_hand.run(by_row)
+                torch.cuda.synchronize()
+            events = sorted((e for e in seen.key_averages() if e.device_time_total), key=lambda e: -e.device_time_total)
+            busy = sum(e.device_time_total for e in events)
+            print(f"   {busy / 1e3:.2f} ms of kernels, {sum(e.count for e in events)} launches; the longest:")
+            for event in events[:8]:
+                print(f"   {event.device_time_total:8.0f} us  {event.count:4d} x  {event.key[:90]}")
 
 
 def microseconds(call: Callable[[], object], times: int = 1) -> float:
@@ -371,6 +450,8 @@ def main() -> None:
         decoder = decoder_of(name == "int4")
         if "check" in parts:
             attempt(f"check {name}", lambda d=decoder, n=name: check(d, n))
+        if "prefill" in parts:
+            attempt(f"prefill {name}", lambda d=decoder, n=name: prefill(d, n))
         if name in tuned:
             attempt(f"tune {name}", lambda d=decoder: tune(d))
         if arguments.profile:

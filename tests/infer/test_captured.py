@@ -76,6 +76,7 @@ def twin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slots, "CAPTURED", ("cuda", "cpu"))
     monkeypatch.setattr(slots, "why_not", lambda decoder: "")
     monkeypatch.setattr(captured, "DecodeStep", PlainStep)
+    monkeypatch.setattr(slots, "Prefill", lambda *given: None)
     monkeypatch.setattr(decode, "LONG", 60)
 
 
