@@ -20,7 +20,7 @@ from torch import Tensor
 
 from minitune.config import UserError
 from minitune.infer.captured import Captured
-from minitune.infer.draw import Settings, draw, draw_one, key_of, kind_of
+from minitune.infer.draw import Settings, biased, draw, draw_one, key_of, kind_of
 from minitune.infer.request import TokenLogprob
 from minitune.infer.schedule import Sequence
 from minitune.model.cache import PAGE, DecodeLayout, PagedCache, Part, PrefillLayout
@@ -249,13 +249,16 @@ class Slots:
         return Drawn(sequence, token, None)
 
     def _draw(self, logits_BV: Tensor, rows_B: Tensor, sequences: Items[Sequence]) -> list[Drawn]:
-        """Scores, penalty, grammar, draw; the tokens go into the slots and, in one fetch, to the host."""
+        """Scores, bias, penalty, grammar, draw; the tokens go into the slots and, in one fetch, to the host."""
         logits_BV = logits_BV.float()
         penalised = any(s.request.sampling.repetition_penalty != 1 for s in sequences)
         grammars = any(s.request.grammar is not None for s in sequences)
         allowed_BV = self._allowed(sequences) if grammars else None
         kinds = frozenset(kind_of(s.request.sampling) for s in sequences)
-        scores_BV, told = self.draw_rows(logits_BV, rows_B, kinds, penalised, allowed_BV)
+        scores_BV = logits_BV
+        if any(s.request.bias is not None for s in sequences):
+            scores_BV = biased(logits_BV, [b.after(s.handle.ids) if (b := s.request.bias) else {} for s in sequences])
+        scores_BV, told = self.draw_rows(scores_BV, rows_B, kinds, penalised, allowed_BV)
         asked = [s.request.logprobs for s in sequences if s.request.logprobs is not None]
         if asked:
             told = torch.cat((told, _logprobs(logits_BV, told[:, 0].long(), max(asked))), dim=1)
