@@ -129,7 +129,7 @@ def answers(decoder: Decoder, name: str) -> None:
     print(f"{name}: {slow:.0f} tok/s while being recorded")
     print(f"{name}: tokens equal to the plain engine's: {same(engine, requests(1, 32, 48, first=800))} alone, "
           f"{same(engine, requests(6, 40, 48, first=820))} together", flush=True)  # fmt: skip
-    rows = [(1, 32, 224), (4, 128, 128), (16, 128, 128), (64, 128, 128), (64, 64, 128)]
+    rows = [(1, 32, 224), (4, 128, 128), (16, 128, 128), (64, 128, 128), (64, 112, 128), (64, 64, 128)]
     for count, length, tokens in rows:
         rate(engine, requests(count, length, 16, first=2000))
         best = max(rate(engine, requests(count, length, tokens, first=3000 + 100 * turn)) for turn in range(3))

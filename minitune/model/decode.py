@@ -46,7 +46,7 @@ TILES = {
     "head": Tile(8, 4),
     "qkv, 4 bits": Tile(4, 2),
     "o, 4 bits": Tile(4, 2),
-    "gate_up, 4 bits": Tile(4, 2),
+    "gate_up, 4 bits": Tile(4, 1),
     "down, 4 bits": Tile(4, 1),
     "adapter's A": Tile(1, 4),
 }
@@ -64,7 +64,7 @@ class Split(NamedTuple):
 
 # By rows (the largest that is not above) for contexts that fit into LONG tokens, and for longer ones.
 LONG = 512
-ATTEND = {1: Split(128, 1, 8), 8: Split(64, 1, 4)}
+ATTEND = {1: Split(128, 1, 4), 8: Split(64, 1, 4), 64: Split(16, 1, 1)}
 ATTEND_LONG = {1: Split(64, 8, 4), 16: Split(64, 2, 4), 32: Split(64, 1, 4)}
 
 

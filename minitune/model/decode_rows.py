@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from minitune.model.decode import DecodeStep
 
 HEAD_ROWS = 32  # from which on the library's wider tiles read the head faster
-NORM_WARPS = 8
+NORM_WARPS = 16
 ROOM = 200 << 10  # bytes of shared memory that the largest tile takes
 
 
@@ -42,10 +42,10 @@ class Tile(NamedTuple):
 
 # By rows, the largest that is not above.
 TILES: dict[str, dict[int, Tile]] = {
-    "qkv": {1: Tile(64, 128, warps=8, early=0), 32: Tile(64, 64, stages=8, early=256)},
+    "qkv": {1: Tile(64, 128, warps=8, early=0), 32: Tile(64, 64, stages=8, early=0)},
     "o": {1: Tile(32, 128, 3, early=0), 32: Tile(64, 128, 3, early=256)},
     "gate_up": {1: Tile(32, 128, early=1024), 32: Tile(64, 64, stages=5, early=0)},
-    "down": {1: Tile(64, 128, 3, early=0), 32: Tile(64, 64, 3, stages=8, early=256)},
+    "down": {1: Tile(64, 128, 3, early=0), 32: Tile(64, 128, 3, stages=6, early=256)},
     "head": {1: Tile(64, 128, early=0), 32: Tile(64, 64, stages=5, early=0)},
     "qkv, 4 bits": {1: Tile(32, warps=2), 32: Tile(32, stages=3)},
     "o, 4 bits": {1: Tile(64, 0, 6), 32: Tile(64, 0, 6, stages=3)},
