@@ -37,6 +37,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "eval_fraction": (0, 1),
     "eval_rows": (0, math.inf),
     "max_samples": (0, math.inf),
+    "join_timeout": (1, math.inf),
     "seed": (0, 2**32),
     "lora_r": (1, math.inf),
     "lora_alpha": (0, math.inf),

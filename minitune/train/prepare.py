@@ -27,6 +27,7 @@ from minitune.model.fused import FusedStack
 from minitune.model.lora import LoraConfig, attach
 from minitune.train import ahead, fast, memory
 from minitune.train.optim import AdamW, LossScale
+from minitune.train.parallel import ALONE, Replicas, Team
 from minitune.train.step import TrainStep, recompute_layers
 
 
@@ -91,7 +92,9 @@ def training_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     return choose_dtype(config.dtype, device)
 
 
-def build(config: TrainConfig, ready: Prepared, decoder: Decoder) -> tuple[Decoder, AdamW, TrainStep]:
+def build(
+    config: TrainConfig, ready: Prepared, decoder: Decoder, team: Team = ALONE
+) -> tuple[Decoder, AdamW, TrainStep]:
     """The decoder of the base weights with what learns, its optimizer, and the step."""
     decoder.train()
     highest = max(ready.learn.highest, ready.held_out.highest)
@@ -99,10 +102,10 @@ def build(config: TrainConfig, ready: Prepared, decoder: Decoder) -> tuple[Decod
         raise UserError(
             f"{ready.base}: the tokenizer gives id {highest}, the weights have {decoder.config.vocab_size} rows"
         )
-    return (decoder, *equip(config, decoder, ready.learn))
+    return (decoder, *equip(config, decoder, ready.learn, team))
 
 
-def equip(config: TrainConfig, decoder: Decoder, rows: EncodedRows) -> tuple[AdamW, TrainStep]:
+def equip(config: TrainConfig, decoder: Decoder, rows: EncodedRows, team: Team = ALONE) -> tuple[AdamW, TrainStep]:
     """What the decoder learns with: adapters where they are asked for, layers by hand where they serve, optimizer and
     step."""
     if config.method == "full":
@@ -129,6 +132,7 @@ def equip(config: TrainConfig, decoder: Decoder, rows: EncodedRows) -> tuple[Ada
         seed=config.seed,
         max_grad_norm=config.max_grad_norm,
         loss_scale=LossScale(decoder.device) if decoder.dtype == torch.float16 else None,
+        sharing=Replicas(team) if team.size > 1 else None,
     )
     return optimizer, step
 
@@ -155,7 +159,9 @@ def wants_recompute(config: TrainConfig, decoder: Decoder, rows: EncodedRows) ->
     return needed > 0.9 * torch.cuda.mem_get_info(decoder.device)[0]
 
 
-def make_loader(config: TrainConfig, rows: Sequence[Encoded], device: torch.device, shuffle: bool = True) -> Loader:
+def make_loader(
+    config: TrainConfig, rows: Sequence[Encoded], device: torch.device, shuffle: bool = True, team: Team = ALONE
+) -> Loader:
     # Small packs keep the CPU's caches and memory; a card wants long ones.
     pack = config.tokens_per_pack if device.type != "cpu" else min(config.tokens_per_pack, 1024)
     return Loader(
@@ -166,6 +172,8 @@ def make_loader(config: TrainConfig, rows: Sequence[Encoded], device: torch.devi
         seed=config.seed,
         shuffle=shuffle,
         pin=device.type == "cuda",
+        rank=team.rank,
+        ranks=team.size,
     )
 
 

@@ -50,7 +50,7 @@ class Report:
         if (self.folder / "watch.jsonl").exists():
             cut(self.folder / "watch.jsonl", step)
 
-    def start(self, step: int, best: int, trackers: Trackers) -> None:
+    def start(self, step: int, best: int, trackers: Trackers | None) -> None:
         """The steps begin behind `step`. best: the step of the lowest held-out loss, 0 for none."""
         self.trackers = trackers
         self.view.losses([r["loss"] for r in self.rows if r["loss"] is not None])
@@ -160,6 +160,34 @@ class Report:
             if self.trackers:
                 self.trackers.close()
                 self.trackers = None
+
+
+class Silent(Report):
+    """The report of a process that is not the first: it neither speaks nor writes, nor waits for the device."""
+
+    def resume(self, step: int) -> None:
+        pass
+
+    def start(self, step: int, best: int, trackers: Trackers | None) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        pass
+
+    def step(self, step: int, epoch: float, rate: float, tokens: int, result: StepResult) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def evaluated(self, step: int, loss: float, best: bool) -> None:
+        pass
+
+    def picture_begins(self) -> None:
+        pass
+
+    def picture(self) -> None:
+        pass
 
 
 def cut(path: Path, step: int) -> list[dict[str, Any]]:

@@ -15,21 +15,21 @@ import torch
 
 from minitune.checkpoint import adapter, resume
 from minitune.checkpoint.folder import copy_tokenizer, moved_into, save_hub_folder, write_text
-from minitune.checkpoint.weights import choose_device
 from minitune.config import TrainConfig, UserError, to_yaml
 from minitune.data.loader import Loader, StepBatch
 from minitune.model.decoder import Decoder
-from minitune.train import fast
+from minitune.train import fast, parallel
 from minitune.train.ahead import Loading
 from minitune.train.checks import check_output, check_settings
 from minitune.train.clock import Clock, process_seconds
 from minitune.train.graph import CapturedStep
 from minitune.train.optim import AdamW, learning_rate_at
+from minitune.train.parallel import ALONE, Team
 from minitune.train.prepare import Prepared, build, count_steps, describe, make_loader, prepare, training_dtype
-from minitune.train.report import Report, peak_memory_gib
+from minitune.train.report import Report, Silent, peak_memory_gib
 from minitune.train.state import check_same, identity
 from minitune.train.step import TrainStep, held_out_loss
-from minitune.train.stop import Best, Interrupt, Stopped, go_on, memory_said
+from minitune.train.stop import Best, Interrupt, Stopped, go_on, how_to_go_on, memory_said
 from minitune.train.track import Trackers
 from minitune.train.view import About, choose
 from minitune.train.watch import Answer, Watch
@@ -44,53 +44,69 @@ def train(config: TrainConfig, quiet: bool = False, answer: Answer | None = None
     started = time.perf_counter()
     clock = Clock("data")
     clock.seconds["start"] = process_seconds()
-    check_settings(config)
     output = Path(config.output)
-    checkpoint = check_output(output, config)
+    with parallel.join(config, lambda: how_to_go_on(config, program)) as team:
+        with team.together():
+            check_settings(config)
+            checkpoint = check_output(output, config)
+            device = settle(config, team)
+        with memory_said(config, device) as memory, Loading(config, device) as loading:
+            with team.together():
+                ready = prepare(config, loading.begin)
+            if team.size > 1:
+                team.same("the rows of data", (ready.fingerprint, ready.held_out.digest()))
+                team.same("the newest checkpoint", checkpoint and checkpoint.name)
+            memory.longest = ready.learn.longest
+            config = dataclasses.replace(
+                config,
+                template=ready.template.config,
+                learning_rate=config.resolved_learning_rate,
+                eval_fraction=ready.fraction,
+                eval_rows=0,
+                dtype=str(training_dtype(config, device)).removeprefix("torch."),  # type: ignore[arg-type]
+            )
+            clock.begin("model")
+            decoder, optimizer, step = build(config, ready, loading.result(), team)
+            watch = Watch(config, ready.template, ready.tokenizer, decoder.config.max_position_embeddings, answer)
+            loader = make_loader(config, ready.learn, device, team=team)
+            total, per_epoch = count_steps(config, loader)
+            title = f"{config.model} · {config.method} → {config.output}"
+            about = About(total, config.num_train_epochs, title, bool(len(ready.held_out)), watch.prompts)
+            kind = Report if team.first else Silent
+            view = choose(about, quiet or not team.first)
+            report = kind(output, total, config.logging_steps, device, view, step.loss_scale is not None)
+            team.closing(report.view.close)
+            run = Run(config, ready, decoder, optimizer, step, loader, report, watch, total, per_epoch, clock, program)
+            run.team = team
+            try:
+                if config.resume:
+                    run.restore(checkpoint)
+                for line in [*ready.lines, *describe(config, decoder, optimizer, total, loader)]:
+                    report.say(line)
+                if device.type == "cuda" and run.done < total and team.size == 1:
+                    clock.begin("capture")
+                    loading.compiled()
+                    run.step, line = fast.quicken(step, loader, per_epoch, total)
+                    report.say(line)
+                clock.begin("steps")
+                with Interrupt(report.view.stopping) as interrupt:
+                    run.loop(interrupt)
+                    with clock.during("saving"):
+                        summary = run.finish(started)
+                if config.profile:
+                    report.say(clock.line())
+                return team.all_of(summary)[0]
+            finally:
+                report.close()
+
+
+def settle(config: TrainConfig, team: Team) -> torch.device:
+    """The device of this process, made the current one."""
     fast.settle_memory()
-    device = choose_device(config.device)
+    device = team.device(config.device)
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # kernels and captures take the current one
-    with memory_said(config, device) as memory, Loading(config, device) as loading:
-        ready = prepare(config, loading.begin)
-        memory.longest = ready.learn.longest
-        config = dataclasses.replace(
-            config,
-            template=ready.template.config,
-            learning_rate=config.resolved_learning_rate,
-            eval_fraction=ready.fraction,
-            eval_rows=0,
-            dtype=str(training_dtype(config, device)).removeprefix("torch."),  # type: ignore[arg-type]
-        )
-        clock.begin("model")
-        decoder, optimizer, step = build(config, ready, loading.result())
-        watch = Watch(config, ready.template, ready.tokenizer, decoder.config.max_position_embeddings, answer)
-        loader = make_loader(config, ready.learn, device)
-        total, per_epoch = count_steps(config, loader)
-        title = f"{config.model} · {config.method} → {config.output}"
-        about = About(total, config.num_train_epochs, title, bool(len(ready.held_out)), watch.prompts)
-        report = Report(output, total, config.logging_steps, device, choose(about, quiet), step.loss_scale is not None)
-        run = Run(config, ready, decoder, optimizer, step, loader, report, watch, total, per_epoch, clock, program)
-        try:
-            if config.resume:
-                run.restore(checkpoint)
-            for line in [*ready.lines, *describe(config, decoder, optimizer, total, loader)]:
-                report.say(line)
-            if device.type == "cuda" and run.done < total:
-                clock.begin("capture")
-                loading.compiled()
-                run.step, line = fast.quicken(step, loader, per_epoch, total)
-                report.say(line)
-            clock.begin("steps")
-            with Interrupt(report.view.stopping) as interrupt:
-                run.loop(interrupt)
-                with clock.during("saving"):
-                    summary = run.finish(started)
-            if config.profile:
-                report.say(clock.line())
-            return summary
-        finally:
-            report.close()
+    return device
 
 
 @dataclass
@@ -112,29 +128,34 @@ class Run:
     done: int = 0
     saved: int = 0
     tokens: int = 0
+    team: Team = ALONE
 
     def __post_init__(self) -> None:
         self.best = Best(self.config.early_stopping_patience, self.config.early_stopping_threshold)
 
     def loop(self, interrupt: Interrupt) -> None:
         """Every step of every epoch, from where the run stands."""
-        output = Path(self.config.output)
-        output.mkdir(parents=True, exist_ok=True)
-        write_text(output / "run.yaml", self.settings_text)
-        self.report.start(self.done, self.best.step, Trackers(self.config, self.done, self.report.say))
+        trackers = None
+        if self.team.first:
+            output = Path(self.config.output)
+            output.mkdir(parents=True, exist_ok=True)
+            write_text(output / "run.yaml", self.settings_text)
+            trackers = Trackers(self.config, self.done, self.report.say)
+        self.report.start(self.done, self.best.step, trackers)
         if self.done == 0:
             self.answer(0.0)
         every = ((epoch, i) for epoch, steps in enumerate(self.per_epoch) for i in range(steps))
         places = islice(every, self.done, self.total)
         with closing(fast.batches(self.loader.batch, places, self.decoder.device.type == "cuda")) as batches:
             for (epoch, i), batch in batches:
-                if self.best.stop or interrupt.wanted:
+                if self.best.stop or self.team.any(interrupt.wanted):
                     break
                 self.one(batch, epoch + (i + 1) / self.per_epoch[epoch])
         self.report.flush()
         if self.done < self.total and not self.best.stop:
             self.save()
-            raise Stopped(f"stopped at step {self.done}; {go_on(self.config, self.program)}")
+            line = f"stopped at step {self.done}; {go_on(self.config, self.program)}"
+            raise self.team.for_all(Stopped(line))
 
     def one(self, batch: StepBatch, epoch: float) -> None:
         """One step and what is due after it. A checkpoint comes last: a resumed run repeats nothing of its step."""
@@ -167,15 +188,15 @@ class Run:
         self.report.view.busy("held-out loss …")
         device = self.decoder.device
         with self.clock.during("held-out loss"):
-            batches = list(make_loader(self.config, self.ready.held_out, device, shuffle=False).batches())
-            loss = held_out_loss(self.decoder, batches)
+            loader = make_loader(self.config, self.ready.held_out, device, shuffle=False, team=self.team)
+            loss = held_out_loss(self.decoder, list(loader.batches()), self.team.sum)
         better = self.best.take(self.done, loss)
         self.report.evaluated(self.done, loss, better)
         return better
 
     def answer(self, epoch: float) -> None:
         """The sample prompts, answered by the weights of now. What goes wrong there is no fault of the run."""
-        if not self.watch.prompts:
+        if not self.watch.prompts or not self.team.first:
             return
         self.report.flush()
         self.report.view.busy("answering the prompts …")
@@ -191,6 +212,9 @@ class Run:
     def save(self) -> None:
         """A checkpoint of this step, once; never of weights that a bad value may have reached."""
         if self.saved == self.done:
+            return
+        self.saved = self.done
+        if not self.team.first:
             return
         self.report.flush()
         self.report.view.busy(f"saving checkpoint-{self.done} …")
@@ -208,7 +232,6 @@ class Run:
             self.write(part)
             write_text(part / "run.yaml", self.settings_text)
         self.report.pause()
-        self.saved = self.done
 
     @property
     def base_name(self) -> str:
@@ -252,6 +275,8 @@ class Run:
 
     def finish(self, started: float) -> dict[str, Any]:
         """Writes the result and summary.json."""
+        if not self.team.first:
+            return {}
         output = Path(self.config.output)
         self.report.view.busy("writing the result …")
         self.report.picture_begins()

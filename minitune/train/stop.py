@@ -98,9 +98,17 @@ def go_on(config: TrainConfig, program: str) -> str:
     return f'go on with: minitune.train(dataclasses.replace(config, resume="auto")), or in a terminal: {shell}'
 
 
+def how_to_go_on(config: TrainConfig, program: str) -> str:
+    """What to do where the run could not end itself: the last checkpoint and the command."""
+    last = resume.newest(Path(config.output))
+    return f"{last} is good; {go_on(config, program)}" if last else "nothing was saved yet: start the run again"
+
+
 def program() -> str:
     """How this process was started, as one would start it again."""
     name = os.path.basename(sys.argv[0])
+    if (each := os.environ.get("LOCAL_WORLD_SIZE", "1")) != "1" or os.environ.get("WORLD_SIZE", "1") != "1":
+        return f"torchrun --nproc-per-node {each} -m minitune"
     return f"{shlex.quote(sys.executable)} -m minitune" if name == "__main__.py" else "minitune"
 
 
