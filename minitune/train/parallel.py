@@ -46,14 +46,16 @@ class Team:
         return self.rank == 0
 
     def device(self, name: str) -> torch.device:
-        """The device of this process; `name` as in the settings."""
+        """The device of this process, made the current one; `name` as in the settings."""
         device = choose_device(name)
-        if self.size == 1 or device.type == "cpu":
-            return device
-        local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-        if local >= there:
-            raise UserError(f"process {local + 1} of this machine finds {there} cards; start one process a card")
-        return torch.device("cuda", local)
+        if self.size > 1 and device.type == "cuda":
+            local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+            if local >= there:
+                raise UserError(f"process {local + 1} of this machine finds {there} cards; start one process a card")
+            device = torch.device("cuda", local)
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)  # kernels and captures take the current one
+        return device
 
     def closing(self, call: Callable[[], None]) -> None:
         """What gives the terminal back, should another process's death end this one."""

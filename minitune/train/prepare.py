@@ -28,7 +28,8 @@ from minitune.model.lora import LoraConfig, attach
 from minitune.train import ahead, fast, memory
 from minitune.train.optim import AdamW, LossScale
 from minitune.train.parallel import ALONE, Replicas, Team
-from minitune.train.step import TrainStep, recompute_layers
+from minitune.train.sharded import Sharded
+from minitune.train.step import Sharing, TrainStep, recompute_layers
 
 
 @dataclass
@@ -124,6 +125,9 @@ def equip(config: TrainConfig, decoder: Decoder, rows: EncodedRows, team: Team =
         parameters = [decoder.stack.flat]
     elif recompute:
         recompute_layers(decoder)
+    sharing = share(config, decoder, team)
+    if isinstance(sharing, Sharded):
+        parameters = sharing.parameters
     optimizer = AdamW(parameters, config, matrices)
     step = TrainStep(
         decoder,
@@ -132,9 +136,16 @@ def equip(config: TrainConfig, decoder: Decoder, rows: EncodedRows, team: Team =
         seed=config.seed,
         max_grad_norm=config.max_grad_norm,
         loss_scale=LossScale(decoder.device) if decoder.dtype == torch.float16 else None,
-        sharing=Replicas(team) if team.size > 1 else None,
+        sharing=sharing,
     )
     return optimizer, step
+
+
+def share(config: TrainConfig, decoder: Decoder, team: Team) -> Sharing | None:
+    """How several processes make a step: adapters are small, so each has them whole; all parameters are sharded."""
+    if team.size == 1:
+        return None
+    return Sharded(team, decoder) if config.method == "full" else Replicas(team)
 
 
 def lora_of(config: TrainConfig) -> LoraConfig:
@@ -192,8 +203,9 @@ def count_steps(config: TrainConfig, loader: Loader) -> tuple[int, list[int]]:
 
 def describe(config: TrainConfig, decoder: Decoder, optimizer: AdamW, total: int, loader: Loader) -> list[str]:
     """What is going to happen, a line each."""
-    learn = sum(p.numel() for p in optimizer.parameters)
-    every = sum(p.numel() for p in decoder.parameters()) - (learn if config.method == "lora" else 0)
+    every = sum(p.numel() for p in decoder.parameters())
+    learn = sum(p.numel() for p in optimizer.parameters) if config.method == "lora" else every
+    every -= learn if config.method == "lora" else 0
     kernel = choose_kernel(decoder.device, decoder.dtype, decoder.config.head_dim, loader.rows.longest)
     size = f"{config.tokens_per_step} tokens" if config.tokens_per_step else f"{config.rows_per_step} rows"
     kind = str(decoder.dtype).removeprefix("torch.")
@@ -201,6 +213,9 @@ def describe(config: TrainConfig, decoder: Decoder, optimizer: AdamW, total: int
         f"{config.method}: {learn:,} of {every:,} parameters learn; {total} steps of {size}; "
         f"learning rate {config.resolved_learning_rate:g}; {kind} on {decoder.device}; {kernel} attention"
     ]
+    if loader.ranks > 1:
+        how = "every parameter sharded (FSDP2)" if config.method == "full" else "adapters' gradients added up"
+        lines.append(f"{loader.ranks} processes, {how}; a step's rows are dealt to them; plain steps, not captured")
     if config.method == "lora" and decoder.config.family == "MiniCPMForCausalLM":
         lines.append(
             "note: stock transformers 5 can't open a MiniCPM base; `minitune export --format hf` writes one it opens"

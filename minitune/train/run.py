@@ -27,6 +27,7 @@ from minitune.train.optim import AdamW, learning_rate_at
 from minitune.train.parallel import ALONE, Team
 from minitune.train.prepare import Prepared, build, count_steps, describe, make_loader, prepare, training_dtype
 from minitune.train.report import Report, Silent, peak_memory_gib
+from minitune.train.sharded import Sharded, load_alone
 from minitune.train.state import check_same, identity
 from minitune.train.step import TrainStep, held_out_loss
 from minitune.train.stop import Best, Interrupt, Stopped, go_on, how_to_go_on, memory_said
@@ -49,7 +50,8 @@ def train(config: TrainConfig, quiet: bool = False, answer: Answer | None = None
         with team.together():
             check_settings(config)
             checkpoint = check_output(output, config)
-            device = settle(config, team)
+            fast.settle_memory()
+            device = team.device(config.device)
         with memory_said(config, device) as memory, Loading(config, device) as loading:
             with team.together():
                 ready = prepare(config, loading.begin)
@@ -77,7 +79,7 @@ def train(config: TrainConfig, quiet: bool = False, answer: Answer | None = None
             report = kind(output, total, config.logging_steps, device, view, step.loss_scale is not None)
             team.closing(report.view.close)
             run = Run(config, ready, decoder, optimizer, step, loader, report, watch, total, per_epoch, clock, program)
-            run.team = team
+            run.team, run.sharded = team, step.sharing if isinstance(step.sharing, Sharded) else None
             try:
                 if config.resume:
                     run.restore(checkpoint)
@@ -100,15 +102,6 @@ def train(config: TrainConfig, quiet: bool = False, answer: Answer | None = None
                 report.close()
 
 
-def settle(config: TrainConfig, team: Team) -> torch.device:
-    """The device of this process, made the current one."""
-    fast.settle_memory()
-    device = team.device(config.device)
-    if device.index is not None and device.type == "cuda":
-        torch.cuda.set_device(device)  # kernels and captures take the current one
-    return device
-
-
 @dataclass
 class Run:
     """The run's moving parts."""
@@ -129,6 +122,7 @@ class Run:
     saved: int = 0
     tokens: int = 0
     team: Team = ALONE
+    sharded: Sharded | None = None  # where no process holds all of what learns
 
     def __post_init__(self) -> None:
         self.best = Best(self.config.early_stopping_patience, self.config.early_stopping_threshold)
@@ -215,13 +209,14 @@ class Run:
             return
         self.saved = self.done
         if not self.team.first:
+            self.help_saving(checkpoint=True)
             return
         self.report.flush()
         self.report.view.busy(f"saving checkpoint-{self.done} …")
         state = {
             "step": self.done,
             "tokens": self.tokens,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": None if self.sharded else self.optimizer.state_dict(),
             "loss_scale": self.step.loss_scale.state_dict() if self.step.loss_scale else None,
             "best": self.best.state_dict(),
             **identity(self.config, self.ready),
@@ -229,9 +224,20 @@ class Run:
         keep = self.best.step if self.config.load_best_model_at_end else 0
         saved = resume.saved(Path(self.config.output), self.done, state, self.config.save_total_limit, keep)
         with self.clock.during("saving"), saved as part:
+            if self.sharded:
+                self.team.all_of(str(part))
+                self.sharded.save(part, self.optimizer)
             self.write(part)
             write_text(part / "run.yaml", self.settings_text)
         self.report.pause()
+
+    def help_saving(self, checkpoint: bool) -> None:
+        """What a process that does not speak does meanwhile: it writes its moments into the checkpoint that the first
+        one makes, and hands out its slices of the weights."""
+        if self.sharded and checkpoint:
+            self.sharded.save(Path(self.team.all_of("")[0]), self.optimizer)
+        for _ in self.sharded.tensors() if self.sharded else ():
+            pass
 
     @property
     def base_name(self) -> str:
@@ -249,7 +255,8 @@ class Run:
             adapter.save_adapter(self.decoder, folder, self.base_name)
             copy_tokenizer(self.ready.base, folder)
         else:
-            save_hub_folder(self.decoder, self.ready.base, folder)
+            whole = self.sharded.tensors() if self.sharded else None
+            save_hub_folder(self.decoder, self.ready.base, folder, whole)
         self.ready.template.save(folder)
 
     def restore(self, folder: Path | None) -> None:
@@ -260,8 +267,13 @@ class Run:
             return
         state = resume.read_state(folder)
         notes = check_same(folder, state, self.config, self.ready)
-        resume.load_weights(folder, self.decoder)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.load_weights(folder)
+        if self.sharded:
+            self.sharded.load(folder, state["optimizer"], self.optimizer)
+        elif state["optimizer"] is None:
+            load_alone(folder, self.decoder, self.optimizer)
+        else:
+            self.optimizer.load_state_dict(state["optimizer"])
         if self.step.loss_scale and state["loss_scale"]:
             self.step.loss_scale.load_state_dict(state["loss_scale"])
         if "best" in state:
@@ -273,10 +285,15 @@ class Run:
         for line in [f"going on from {folder}", *notes]:
             self.report.say(line)
 
+    def load_weights(self, folder: Path) -> None:
+        """What was learned, from a checkpoint."""
+        if self.sharded:
+            self.sharded.load_weights(folder)
+        else:
+            resume.load_weights(folder, self.decoder)
+
     def finish(self, started: float) -> dict[str, Any]:
         """Writes the result and summary.json."""
-        if not self.team.first:
-            return {}
         output = Path(self.config.output)
         self.report.view.busy("writing the result …")
         self.report.picture_begins()
@@ -284,10 +301,13 @@ class Run:
         if self.config.load_best_model_at_end and self.best.step not in (0, self.done):
             best = output / f"checkpoint-{self.best.step}"
             if (best / resume.STATE).is_file():
-                resume.load_weights(best, self.decoder)
+                self.load_weights(best)
                 held = self.best.loss
             else:
                 self.report.say(f"note: {best} is gone; {output} holds the weights of step {self.done} instead")
+        if not self.team.first:
+            self.help_saving(checkpoint=False)
+            return {}
         with moved_into(output) as part:
             self.write(part)
         if isinstance(self.step, CapturedStep) and (plain := self.step.plain_steps):

@@ -56,11 +56,11 @@ def test_every_row_once() -> None:
     assert [sum(p.supervised for p in share[-1].packs) for share in shares].count(0) == 1
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_lora_is_that_of_one(processes: Any, config: TrainConfig, tmp_path: Path, size: int) -> None:
-    """Losses, norms, held-out losses and the adapter, dropout on, an epoch's last step short (with four processes,
+@pytest.mark.parametrize(("method", "size"), [("lora", 2), ("lora", 4), ("full", 2), ("full", 4)])
+def test_the_numbers_of_one(processes: Any, config: TrainConfig, tmp_path: Path, method: Any, size: int) -> None:
+    """Losses, norms, held-out losses and weights, dropout on, an epoch's last step short (with four processes,
     some have no row in it); rank 0 alone writes and speaks."""
-    config = with_(config, eval_fraction=0.2, tokens_per_pack=64, **STEADY)
+    config = with_(config, method=method, eval_fraction=0.2, tokens_per_pack=64, **STEADY)
     train(config, quiet=True)
     many = with_(config, output=str(tmp_path / "many"))
     launch = together(processes, tmp_path, many, size)
