@@ -60,6 +60,7 @@ class Lifeline(threading.Thread):
         if not first:
             self._leave("")
         self._ended.set()
+        self._linger()
 
     def end(self) -> None:
         """The run is over: nobody is missed from now on."""
@@ -83,7 +84,9 @@ class Lifeline(threading.Thread):
                         seen[rank] = text, now
             except RuntimeError:
                 if not self._ended.is_set():
-                    self._leave("the process at which all others meet has ended")
+                    # nobody is left who could choose a speaker: one a machine
+                    speaks = self.rank == 1 or os.environ.get("LOCAL_RANK") == "0"
+                    self._leave("rank 0, at which all others meet, has ended" if speaks else "")
                 return
             dead = [rank for rank, (_, since) in seen.items() if now - since > self._patience]
             if dead and not self._ended.is_set():
@@ -98,4 +101,10 @@ class Lifeline(threading.Thread):
             self.closing()
         if why:
             print(f"minitune: {why}; {self.after()}", file=sys.__stderr__, flush=True)
+        self._linger()
         os._exit(1)
+
+    def _linger(self) -> None:
+        """Others may meet at this process: it stays until they have read why the run ends."""
+        if self.rank == 0:
+            time.sleep(2.5 * BEAT)

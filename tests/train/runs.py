@@ -93,8 +93,9 @@ def free_port() -> int:
 class Launch:
     """`size` processes of one command, started at once; what each says is in `said`, by rank."""
 
-    def __init__(self, processes: Any, folder: Path, argvs: list[list[str]]):
-        self.log, port, size = folder / f"said-{time.monotonic_ns()}", free_port(), len(argvs)
+    def __init__(self, processes: Any, folder: Path, argvs: list[list[str]], missing: int = 0):
+        """missing: processes that the others wait for, and that are never started."""
+        self.log, port, size = folder / f"said-{time.monotonic_ns()}", free_port(), len(argvs) + missing
         make = processes.Process
         self.ranks = [make(target=one_of, args=(argv, str(self.log), r, size, port)) for r, argv in enumerate(argvs)]
         for process in self.ranks:
