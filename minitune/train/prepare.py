@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -85,6 +86,18 @@ def prepare(config: TrainConfig, found: Callable[[Path], object] = read_config) 
     return Prepared(base, tokenizer, template, learn, held_out, lines, fraction)
 
 
+def resolved(config: TrainConfig, ready: Prepared, device: torch.device) -> TrainConfig:
+    """The settings with what was left to the data and the machine: what run.yaml says."""
+    return dataclasses.replace(
+        config,
+        template=ready.template.config,
+        learning_rate=config.resolved_learning_rate,
+        eval_fraction=ready.fraction,
+        eval_rows=0,
+        dtype=str(training_dtype(config, device)).removeprefix("torch."),  # type: ignore[arg-type]
+    )
+
+
 def training_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     """`auto`: bfloat16 where the hardware multiplies it; float32 on other CPUs, and for every parameter on any."""
     if config.dtype == "auto" and device.type == "cpu":
@@ -119,12 +132,14 @@ def equip(config: TrainConfig, decoder: Decoder, rows: EncodedRows, team: Team =
     matrices: list[torch.Size] = []
     recompute = wants_recompute(config, decoder, rows)
     fast.settle_memory(sparing=recompute)
-    if not fast.why_plain(decoder):
+    if not fast.why_plain(decoder) and not config.deepspeed:
         matrices = [p.shape for p in parameters]
         decoder.stack = FusedStack(decoder, keep=not recompute)
         parameters = [decoder.stack.flat]
     elif recompute:
         recompute_layers(decoder)
+    if config.deepspeed:
+        return by_deepspeed(config, decoder, team)
     sharing = share(config, decoder, team)
     if isinstance(sharing, Sharded):
         parameters = sharing.parameters
@@ -139,6 +154,15 @@ def equip(config: TrainConfig, decoder: Decoder, rows: EncodedRows, team: Team =
         sharing=sharing,
     )
     return optimizer, step
+
+
+def by_deepspeed(config: TrainConfig, decoder: Decoder, team: Team) -> tuple[AdamW, TrainStep]:
+    """The same with DeepSpeed's engine."""
+    from minitune.train.zero import Zero, ZeroOptimizer, ZeroStep
+
+    zero = Zero(team, decoder, config)
+    optimizer = ZeroOptimizer(zero)
+    return optimizer, ZeroStep(zero, optimizer, config.lora_dropout if config.method == "lora" else 0.0, config.seed)
 
 
 def share(config: TrainConfig, decoder: Decoder, team: Team) -> Sharing | None:
@@ -203,8 +227,8 @@ def count_steps(config: TrainConfig, loader: Loader) -> tuple[int, list[int]]:
 
 def describe(config: TrainConfig, decoder: Decoder, optimizer: AdamW, total: int, loader: Loader) -> list[str]:
     """What is going to happen, a line each."""
-    every = sum(p.numel() for p in decoder.parameters())
-    learn = sum(p.numel() for p in optimizer.parameters) if config.method == "lora" else every
+    every = sum(getattr(p, "ds_numel", p.numel()) for p in decoder.parameters())  # of DeepSpeed's slices too
+    learn = sum(getattr(p, "ds_numel", p.numel()) for p in optimizer.parameters) if config.method == "lora" else every
     every -= learn if config.method == "lora" else 0
     kernel = choose_kernel(decoder.device, decoder.dtype, decoder.config.head_dim, loader.rows.longest)
     size = f"{config.tokens_per_step} tokens" if config.tokens_per_step else f"{config.rows_per_step} rows"
@@ -213,7 +237,7 @@ def describe(config: TrainConfig, decoder: Decoder, optimizer: AdamW, total: int
         f"{config.method}: {learn:,} of {every:,} parameters learn; {total} steps of {size}; "
         f"learning rate {config.resolved_learning_rate:g}; {kind} on {decoder.device}; {kernel} attention"
     ]
-    if loader.ranks > 1:
+    if loader.ranks > 1 and not config.deepspeed:
         how = "every parameter sharded (FSDP2)" if config.method == "full" else "adapters' gradients added up"
         lines.append(f"{loader.ranks} processes, {how}; a step's rows are dealt to them; plain steps, not captured")
     if config.method == "lora" and decoder.config.family == "MiniCPMForCausalLM":

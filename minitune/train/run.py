@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from contextlib import closing
+from collections import deque
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,22 +19,25 @@ from minitune.checkpoint.folder import copy_tokenizer, moved_into, save_hub_fold
 from minitune.config import TrainConfig, UserError, to_yaml
 from minitune.data.loader import Loader, StepBatch
 from minitune.model.decoder import Decoder
-from minitune.train import fast, parallel
+from minitune.train import fast, parallel, zero_config
 from minitune.train.ahead import Loading
 from minitune.train.checks import check_output, check_settings
 from minitune.train.clock import Clock, process_seconds
 from minitune.train.graph import CapturedStep
 from minitune.train.optim import AdamW, learning_rate_at
 from minitune.train.parallel import ALONE, Team
-from minitune.train.prepare import Prepared, build, count_steps, describe, make_loader, prepare, training_dtype
+from minitune.train.prepare import Prepared, build, count_steps, describe, make_loader, prepare, resolved
 from minitune.train.report import Report, Silent, peak_memory_gib
-from minitune.train.sharded import Sharded, load_alone
+from minitune.train.sharded import Alone, Sharded, sharded_of
 from minitune.train.state import check_same, identity
 from minitune.train.step import TrainStep, held_out_loss
 from minitune.train.stop import Best, Interrupt, Stopped, go_on, how_to_go_on, memory_said
 from minitune.train.track import Trackers
 from minitune.train.view import About, choose
 from minitune.train.watch import Answer, Watch
+
+if TYPE_CHECKING:
+    from minitune.train.zero import Zero
 
 
 def train(config: TrainConfig, quiet: bool = False, answer: Answer | None = None, program: str = "") -> dict[str, Any]:
@@ -55,18 +59,12 @@ def train(config: TrainConfig, quiet: bool = False, answer: Answer | None = None
         with memory_said(config, device) as memory, Loading(config, device) as loading:
             with team.together():
                 ready = prepare(config, loading.begin)
+                lines = zero_config.preflight(config, ready.base) if config.deepspeed else []
             if team.size > 1:
                 team.same("the rows of data", (ready.fingerprint, ready.held_out.digest()))
                 team.same("the newest checkpoint", checkpoint and checkpoint.name)
             memory.longest = ready.learn.longest
-            config = dataclasses.replace(
-                config,
-                template=ready.template.config,
-                learning_rate=config.resolved_learning_rate,
-                eval_fraction=ready.fraction,
-                eval_rows=0,
-                dtype=str(training_dtype(config, device)).removeprefix("torch."),  # type: ignore[arg-type]
-            )
+            config = resolved(config, ready, device)
             clock.begin("model")
             decoder, optimizer, step = build(config, ready, loading.result(), team)
             watch = Watch(config, ready.template, ready.tokenizer, decoder.config.max_position_embeddings, answer)
@@ -79,11 +77,12 @@ def train(config: TrainConfig, quiet: bool = False, answer: Answer | None = None
             report = kind(output, total, config.logging_steps, device, view, step.loss_scale is not None)
             team.closing(report.view.close)
             run = Run(config, ready, decoder, optimizer, step, loader, report, watch, total, per_epoch, clock, program)
-            run.team, run.sharded = team, step.sharing if isinstance(step.sharing, Sharded) else None
+            run.team, run.sharded = team, sharded_of(step)
             try:
                 if config.resume:
                     run.restore(checkpoint)
-                for line in [*ready.lines, *describe(config, decoder, optimizer, total, loader)]:
+                lines = [*ready.lines, *lines, *getattr(run.sharded, "lines", ())]
+                for line in [*lines, *describe(config, decoder, optimizer, total, loader)]:
                     report.say(line)
                 if device.type == "cuda" and run.done < total and team.size == 1:
                     clock.begin("capture")
@@ -122,7 +121,7 @@ class Run:
     saved: int = 0
     tokens: int = 0
     team: Team = ALONE
-    sharded: Sharded | None = None  # where no process holds all of what learns
+    sharded: Sharded | Zero | None = None  # where no process holds all of what learns
 
     def __post_init__(self) -> None:
         self.best = Best(self.config.early_stopping_patience, self.config.early_stopping_threshold)
@@ -183,7 +182,9 @@ class Run:
         device = self.decoder.device
         with self.clock.during("held-out loss"):
             loader = make_loader(self.config, self.ready.held_out, device, shuffle=False, team=self.team)
-            loss = held_out_loss(self.decoder, list(loader.batches()), self.team.sum)
+            loss = held_out_loss(
+                self.decoder, list(loader.batches()), self.team.sum, getattr(self.sharded, "loss", None)
+            )
         better = self.best.take(self.done, loss)
         self.report.evaluated(self.done, loss, better)
         return better
@@ -236,8 +237,8 @@ class Run:
         one makes, and hands out its slices of the weights."""
         if self.sharded and checkpoint:
             self.sharded.save(Path(self.team.all_of("")[0]), self.optimizer)
-        for _ in self.sharded.tensors() if self.sharded else ():
-            pass
+        if self.sharded:
+            self.write(None)
 
     @property
     def base_name(self) -> str:
@@ -249,15 +250,21 @@ class Run:
         """run.yaml: the same run again, or its resumption with --resume."""
         return to_yaml(dataclasses.replace(self.config, resume=""))
 
-    def write(self, folder: Path) -> None:
-        """What was learned, as other programs open it, with its tokenizer and template."""
+    def write(self, folder: Path | None) -> None:
+        """What was learned, as other programs open it, with its tokenizer and template. None: another process writes,
+        and this one gives its part."""
+        whole = self.sharded.tensors() if self.sharded else None
         if self.decoder.lora_config is not None:
-            adapter.save_adapter(self.decoder, folder, self.base_name)
-            copy_tokenizer(self.ready.base, folder)
-        else:
-            whole = self.sharded.tensors() if self.sharded else None
+            with self.sharded.gathered() if self.sharded else nullcontext():
+                if folder is not None:
+                    adapter.save_adapter(self.decoder, folder, self.base_name)
+                    copy_tokenizer(self.ready.base, folder)
+        elif folder is not None:
             save_hub_folder(self.decoder, self.ready.base, folder, whole)
-        self.ready.template.save(folder)
+        else:
+            deque(whole or (), maxlen=0)
+        if folder is not None:
+            self.ready.template.save(folder)
 
     def restore(self, folder: Path | None) -> None:
         """Puts the run back where its checkpoint stood; None: at its beginning."""
@@ -268,12 +275,7 @@ class Run:
         state = resume.read_state(folder)
         notes = check_same(folder, state, self.config, self.ready)
         self.load_weights(folder)
-        if self.sharded:
-            self.sharded.load(folder, state["optimizer"], self.optimizer)
-        elif state["optimizer"] is None:
-            load_alone(folder, self.decoder, self.optimizer)
-        else:
-            self.optimizer.load_state_dict(state["optimizer"])
+        (self.sharded or Alone(self.decoder)).load(folder, state["optimizer"], self.optimizer)
         if self.step.loss_scale and state["loss_scale"]:
             self.step.loss_scale.load_state_dict(state["loss_scale"])
         if "best" in state:

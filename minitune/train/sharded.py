@@ -6,16 +6,17 @@ A slice is what `Tensor.chunk` gives along the first dimension, so any process c
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from minitune.checkpoint.shards import Shards
 from minitune.checkpoint.weights import hub_places
+from minitune.config import UserError
 from minitune.model.decoder import Decoder
 from minitune.train.optim import AdamW
 from minitune.train.parallel import Team
@@ -65,6 +66,10 @@ class Sharded:
         pieces = full.chunk(self.team.size)
         return pieces[self.team.rank] if self.team.rank < len(pieces) else full[:0]
 
+    def gathered(self) -> contextlib.AbstractContextManager[None]:
+        """Nothing: there is no adapter."""
+        return contextlib.nullcontext()
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(hub name, whole tensor) of every parameter, one at a time; all processes must take part."""
         self.decoder.reshard()  # type: ignore[operator]  # a held-out loss leaves some gathered
@@ -100,6 +105,7 @@ class Sharded:
         import torch.distributed.checkpoint as dcp
 
         if state is None:
+            check_form(folder)
             held = moments(optimizer, self.names)
             dcp.load(self._as_whole(held), checkpoint_id=folder / MOMENTS)
             set_steps(optimizer, held["step"])
@@ -147,13 +153,35 @@ def set_steps(optimizer: AdamW, step: Tensor) -> None:
         optimizer.inner.state[master]["step"].copy_(step)
 
 
-def load_alone(folder: Path, decoder: Decoder, optimizer: AdamW) -> None:
-    """What several processes have saved, in one."""
-    import torch.distributed.checkpoint as dcp
+class Alone:
+    """One process, which holds everything."""
 
-    held = moments(optimizer, [name for name, _ in decoder.named_parameters()])
-    dcp.load(dict(held), checkpoint_id=folder / MOMENTS, no_dist=not dist.is_initialized())
-    set_steps(optimizer, held["step"])
-    with torch.no_grad():
-        for parameter, master in zip(optimizer.parameters, optimizer.masters, strict=True):
-            parameter.copy_(master)
+    def __init__(self, decoder: Decoder):
+        self.decoder = decoder
+
+    def load(self, folder: Path, state: dict[str, Any] | None, optimizer: AdamW) -> None:
+        """The optimizer's state; None: what several processes have saved in `folder`."""
+        if state is not None:
+            optimizer.load_state_dict(state)
+            return
+        import torch.distributed.checkpoint as dcp
+
+        check_form(folder)
+        held = moments(optimizer, [name for name, _ in self.decoder.named_parameters()])
+        dcp.load(dict(held), checkpoint_id=folder / MOMENTS, no_dist=True)
+        set_steps(optimizer, held["step"])
+        with torch.no_grad():
+            for parameter, master in zip(optimizer.parameters, optimizer.masters, strict=True):
+                parameter.copy_(master)
+
+
+def check_form(folder: Path) -> None:
+    """UserError where DeepSpeed has saved a checkpoint's moments."""
+    if not (folder / MOMENTS / ".metadata").is_file():
+        raise UserError(f"{folder}: was saved by DeepSpeed; go on with --deepspeed")
+
+
+def sharded_of(step: Any) -> Any:
+    """What holds the parameters of a step, where no process holds them all; None where each does."""
+    sharing = getattr(step, "zero", step.sharing)
+    return sharing if hasattr(sharing, "tensors") else None

@@ -139,16 +139,22 @@ class TrainStep:
 
 
 @torch.no_grad()
-def held_out_loss(decoder: Decoder, batches: list[StepBatch], add: Callable[[Tensor], Tensor] | None = None) -> float:
+def held_out_loss(
+    decoder: Decoder,
+    batches: list[StepBatch],
+    add: Callable[[Tensor], Tensor] | None = None,
+    forward: Callable[[Pack], Tensor] | None = None,
+) -> float:
     """The mean cross-entropy (nats) over all supervised tokens of these batches, dropout off. add: the sum over all
-    processes, where these batches are one's share."""
+    processes, where these batches are one's share. forward: a pack's loss, where the decoder can't be called."""
     training, stack = decoder.training, decoder.stack
     decoder.eval()
     if stack is not None:
         stack.refresh()  # the last update came after the last step's
         stack.flat.requires_grad_(False)  # else the stack would keep what a backward needs
     chunk = chunk_of(decoder)
-    parts = [pack_loss(decoder, pack.to(decoder.device), None, chunk) for b in batches for pack in b.packs]
+    forward = forward or (lambda pack: pack_loss(decoder, pack, None, chunk))
+    parts = [forward(pack.to(decoder.device)) for b in batches for pack in b.packs]
     decoder.train(training)
     if stack is not None:
         stack.flat.requires_grad_(True)
