@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from minitune.config import TrainConfig, UserError, files_of
+from minitune.train import zero_config
 from minitune.train.track import check_trackers
 from minitune.train.watch import read_prompts
 
@@ -63,6 +64,8 @@ def check_settings(config: TrainConfig) -> None:
         if getattr(config, name) and not (config.eval_data or config.eval_fraction or config.eval_rows):
             raise UserError(f"{name} needs held-out rows; add --eval_fraction 0.05, or --eval_data FILE")
     check_trackers(config.track)
+    if config.deepspeed:
+        zero_config.read(config)
     for name in ("data", "eval_data"):  # before a download of gigabytes
         for path in files_of(getattr(config, name)):
             if not Path(path).exists():
