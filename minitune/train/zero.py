@@ -130,13 +130,7 @@ class Zero:
 
     def load(self, folder: Path, state: dict[str, Any] | None, optimizer: AdamW) -> None:
         """The same again, of any number of processes and any stage. UserError for another engine's checkpoint."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-        if (
-            state is not None
-            or not (folder / MOMENTS / "model.safetensors").exists()
-            and not list((folder / MOMENTS).glob("*.json"))
-        ):
+        if state is not None or not any((folder / MOMENTS).glob("model*")):
             raise UserError(f"{folder}: was saved without DeepSpeed; go on without --deepspeed")
         self._prime()
         self._link()
@@ -144,12 +138,25 @@ class Zero:
         with Shards(folder / MOMENTS) as files:
             step = float(files.get("step"))
             for name, parameter in self.named:
-                safe_set_full_fp32_param(parameter, files.get(f"master:{name}").to(self.decoder.device))
-                for kind in STATES:
-                    safe_set_full_optimizer_state(parameter, files.get(f"{kind}:{name}").to(self.decoder.device), kind)
+                for kind in ("master", *STATES):
+                    self._set(parameter, kind, files.get(f"{kind}:{name}").to(self.decoder.device))
         for held in [*self.states.values(), *self.engine.optimizer.optimizer.param_groups]:
             if "step" in held:
                 held["step"] = torch.full_like(held["step"], step) if isinstance(held["step"], Tensor) else int(step)
+
+    def _set(self, parameter: nn.Parameter, kind: str, full: Tensor) -> None:
+        """This process's part of a master or a moment, from the whole one."""
+        from deepspeed import utils as ds
+
+        key = () if kind == "master" else (kind,)
+        if self.stage < 3:
+            (ds.safe_set_full_optimizer_state if key else ds.safe_set_full_fp32_param)(parameter, full, *key)
+            return
+        # 0.19.8 sets a whole one of stage 3 only where every process's part is equally long
+        held = (ds.safe_get_local_optimizer_state if key else ds.safe_get_local_fp32_param)(parameter, *key)
+        part = full.flatten()[held.numel() * self.team.rank :][: held.numel()]
+        part = nn.functional.pad(part, (0, held.numel() - part.numel()))
+        (ds.safe_set_local_optimizer_state if key else ds.safe_set_local_fp32_param)(parameter, part, *key)
 
     def _link(self) -> None:
         """DeepSpeed 0.19.8 finds the moments of the first group alone (stages 1 and 2): it looks behind the first
