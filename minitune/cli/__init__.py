@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"minitune: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 2)
     except KeyboardInterrupt:
-        print("minitune: stopped", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print("minitune: stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

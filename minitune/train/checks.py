@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from pathlib import Path
 
@@ -64,8 +65,10 @@ def check_settings(config: TrainConfig) -> None:
         if getattr(config, name) and not (config.eval_data or config.eval_fraction or config.eval_rows):
             raise UserError(f"{name} needs held-out rows; add --eval_fraction 0.05, or --eval_data FILE")
     check_trackers(config.track)
-    if config.deepspeed:
-        zero_config.read(config)
+    stage = zero_config.stage_of(zero_config.read(config)) if config.deepspeed else 0
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    if config.watch and (stage == 3 or (several and config.method == "full" and not stage)):
+        raise UserError("watch: no process holds all weights (FSDP2, ZeRO 3); leave --watch out")
     for name in ("data", "eval_data"):  # before a download of gigabytes
         for path in files_of(getattr(config, name)):
             if not Path(path).exists():

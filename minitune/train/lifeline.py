@@ -17,6 +17,7 @@ from torch.distributed import Store
 BEAT = 1.0  # seconds
 SILENT = 25.0  # without a beat, a process is dead, or as good as dead
 BROKEN = 4.0  # the same where a connection to it has just broken
+GRACE = 10.0  # from a launcher's SIGTERM, which comes as soon as one process has died, to the end
 
 
 class Lifeline(threading.Thread):
@@ -30,6 +31,7 @@ class Lifeline(threading.Thread):
         self._store = store.clone()  # type: ignore[attr-defined]  # one connection a thread
         self._mine = store
         self._patience = SILENT
+        self._told = float("inf")
         self._ended = threading.Event()
         self._mine.set(f"beat/{rank}", "0")
         self._mine.set(f"here/{rank}", socket.gethostname())
@@ -62,6 +64,10 @@ class Lifeline(threading.Thread):
         self._ended.set()
         self._linger()
 
+    def told(self, *_: object) -> None:
+        """The signal handler outside the steps: the dead process is looked for before this one ends too."""
+        self._patience, self._told = BROKEN, time.monotonic()
+
     def end(self) -> None:
         """The run is over: nobody is missed from now on."""
         self._ended.set()
@@ -88,6 +94,8 @@ class Lifeline(threading.Thread):
                     speaks = self.rank == 1 or os.environ.get("LOCAL_RANK") == "0"
                     self._leave("rank 0, at which all others meet, has ended" if speaks else "")
                 return
+            if now - self._told > GRACE:
+                self._leave("")
             dead = [rank for rank, (_, since) in seen.items() if now - since > self._patience]
             if dead and not self._ended.is_set():
                 names = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in dead)

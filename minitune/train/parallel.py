@@ -8,7 +8,9 @@ sum is over all. Rank 0 alone speaks and writes.
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -164,6 +166,8 @@ def join(config: TrainConfig, after: Callable[[], str]) -> Team:
     backend = "gloo" if choose_device_type(config.device) == "cpu" else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=dist.PrefixStore("run", store), rank=rank, world_size=size, timeout=PATIENCE)
     lifeline.start()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lifeline.told)
     return Team(rank, size, lifeline)
 
 

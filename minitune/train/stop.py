@@ -104,11 +104,16 @@ def how_to_go_on(config: TrainConfig, program: str) -> str:
     return f"{last} is good; {go_on(config, program)}" if last else "nothing was saved yet: start the run again"
 
 
+def local_size() -> int:
+    """The run's processes on this machine, as torchrun or DeepSpeed's launcher says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
 def program() -> str:
     """How this process was started, as one would start it again."""
     name = os.path.basename(sys.argv[0])
-    if (each := os.environ.get("LOCAL_WORLD_SIZE", "1")) != "1" or os.environ.get("WORLD_SIZE", "1") != "1":
-        return f"torchrun --nproc-per-node {each} -m minitune"
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        return f"torchrun --nproc-per-node {local_size()} -m minitune"
     return f"{shlex.quote(sys.executable)} -m minitune" if name == "__main__.py" else "minitune"
 
 

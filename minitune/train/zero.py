@@ -23,6 +23,7 @@ from minitune.config import TrainConfig, UserError
 from minitune.data.loader import Pack, StepBatch
 from minitune.model.decoder import Decoder
 from minitune.model.lora import Dropout
+from minitune.model.quantized import Int4Linear
 from minitune.train import zero_config
 from minitune.train.optim import AdamW
 from minitune.train.parallel import Team
@@ -49,6 +50,8 @@ class Zero:
 
     def __init__(self, team: Team, decoder: Decoder, config: TrainConfig):
         raw = zero_config.read(config)
+        if any(isinstance(linear, Int4Linear) for linear in decoder.linears()):
+            raise UserError("4-bit weights and --deepspeed don't go together; torchrun without --deepspeed does")
         self.team, self.decoder, self.lines = team, decoder, zero_config.notes(raw, config)
         dtype = str(decoder.dtype).removeprefix("torch.")
         ds = zero_config.filled(raw, config, dtype, decoder.config.hidden_size, team.size)

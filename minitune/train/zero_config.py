@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minitune.config import TrainConfig, UserError
+from minitune.train.stop import local_size
 
 MISSING = "--deepspeed: the package is not installed; pip install 'minitune[deepspeed]', or leave --deepspeed out"
 STATE_BYTES = 12  # a parameter's float32 master and two moments
@@ -205,7 +206,7 @@ def preflight(config: TrainConfig, base: Path) -> list[str]:
 
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Decoder(read_config(base)).parameters())
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / int(os.environ.get("WORLD_SIZE", "1"))
+    here = local_size() / int(os.environ.get("WORLD_SIZE", "1"))
     need, have = parameters * STATE_BYTES * here / 2**30, available_gib()
     line = f"AdamW on the CPU ({instruction_set()}): {need:.1f} GiB of masters and moments"
     if have is not None and need > have:
