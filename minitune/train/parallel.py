@@ -126,7 +126,8 @@ class Team:
             return
         if error is not None and not self.lifeline.agreed:
             host = socket.gethostname()
-            self.lifeline.fail(lost="gloo" in str(error).lower() or "nccl" in str(error).lower())
+            text = "" if isinstance(error, UserError) else str(error).lower()
+            self.lifeline.fail(lost="gloo" in text or "nccl" in text)
             if isinstance(error, UserError):
                 error.args = (f"rank {self.rank} on {host}: {error}", *error.args[1:])
             return

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from minitune.config import TrainConfig, UserError
-from minitune.train.stop import local_size
 
 MISSING = "--deepspeed: the package is not installed; pip install 'minitune[deepspeed]', or leave --deepspeed out"
 STATE_BYTES = 12  # a parameter's float32 master and two moments
@@ -203,6 +202,7 @@ def preflight(config: TrainConfig, base: Path) -> list[str]:
 
     from minitune.checkpoint.weights import read_config
     from minitune.model.decoder import Decoder
+    from minitune.train.stop import local_size
 
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Decoder(read_config(base)).parameters())
