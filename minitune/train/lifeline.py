@@ -15,7 +15,7 @@ from datetime import timedelta
 from torch.distributed import Store
 
 BEAT = 1.0  # seconds
-SILENT = 25.0  # without a beat, a process is dead, or as good as dead
+SILENT = 20.0  # without a beat, a process is dead, or as good as dead
 BROKEN = 4.0  # the same where a connection to it has just broken
 GRACE = 10.0  # from a launcher's SIGTERM, which comes as soon as one process has died, to the end
 

@@ -60,7 +60,9 @@ class Zero:
         if line := zero_config.choose_adam(ds, on_card):
             self.lines.append(line)
         self.named = [(name, p) for name, p in decoder.named_parameters() if p.requires_grad]
-        self.stage, decoder.padding = zero_config.stage_of(ds), 0
+        self.stage = zero_config.stage_of(ds)
+        if self.stage == 3 or config.method == "full":
+            decoder.padding = 0  # DeepSpeed moves the head, and not the zero rows behind it
         matrices, rest = ([p for _, p in self.named if (p.ndim > 1) == kind] for kind in (True, False))
         kinds = ((matrices, config.weight_decay), (rest, 0.0))
         groups = [{"params": found, "weight_decay": decay} for found, decay in kinds if found]

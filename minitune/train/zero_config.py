@@ -80,6 +80,8 @@ def filled(raw: dict[str, Any], config: TrainConfig, dtype: str, hidden: int, ra
             fill.out["zero_optimization"][name] = size
     for name in ("scheduler", "activation_checkpointing"):
         fill.out.pop(name, None)
+    if stage_of(raw) < 3:
+        block(fill.out, "zero_optimization").pop("offload_param", None)
     fill.out.setdefault("steps_per_print", 1 << 60)
     if left := next(autos(fill.out), ""):
         raise UserError(f'{config.deepspeed}: {left} is "auto", which says nothing here; write a number')

@@ -13,6 +13,7 @@ from test_parallel import STEADY, close, together
 
 from minitune import TrainConfig, UserError, train
 from minitune.cli import main
+from minitune.config import build, flatten, read_yaml
 from minitune.train import zero_config
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -87,6 +88,23 @@ def test_auto_is_ours(config: TrainConfig, tmp_path: Path) -> None:
     zero = {"stage": 3, "reduce_bucket_size": 4096, "stage3_prefetch_bucket_size": 3686}
     assert ds["zero_optimization"] == {**zero, "stage3_param_persistence_threshold": 640}
     assert ds["overlap_comm"] is True
+
+
+def test_the_recipes(tmp_path: Path) -> None:
+    """Both are settings as they stand, and leave no auto in the file that they name; what the tutorial's own file has
+    beside it is passed over."""
+    root = Path(__file__).parents[2]
+    for name, method in (("lora", "lora"), ("full", "full")):
+        values = read_yaml(root / "recipes" / f"minicpm_2b_{name}_deepspeed.yaml")
+        config = build(TrainConfig, flatten(values), name)
+        assert config.method == method and config.deepspeed == "recipes/ds_config.json"
+        raw = json.loads((root / config.deepspeed).read_text(encoding="utf-8"))
+        assert zero_config.notes(raw, config)[0].endswith("DeepSpeed's own sizes count packs")
+        raw["zero_optimization"] |= {"offload_param": {"device": "cpu", "pin_memory": True}}
+        raw |= {"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto"}}}
+        ds = zero_config.filled(raw, config, "bfloat16", 2304, 1)
+        assert "scheduler" not in ds and "offload_param" not in ds["zero_optimization"]
+        assert ds["optimizer"]["params"]["lr"] == config.learning_rate and "auto" not in json.dumps(ds)
 
 
 @pytest.mark.parametrize(
