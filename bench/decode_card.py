@@ -1,12 +1,13 @@
 """Answering on a card at MiniCPM-2B's shape with random weights: tokens a second and the time to the first token.
 
-    python bench/decode_card.py [--parts check,bf16,int4,transformers] [--tune bf16,int4] [--profile]
+    python bench/decode_card.py [--parts check,prefill,bf16,int4,transformers] [--tune bf16,int4] [--profile]
 
 check: scores of the captured steps beside the plain layers'. bf16, int4: whole answers through the engine to 1, 4, 16
 and 64 questions at once (mean context 192 at most), the first token of a 512-token prompt, seconds until all graphs
-are recorded. transformers: `generate` with its dynamic cache, the same shape and lengths. --profile: each kernel's
-time in a step and its bandwidth. --tune: other tiles than `decode.TILES`, the best named. A part that fails does not
-end the others.
+are recorded. prefill: prompts by hand beside the plain layers, and where the time to a first token goes.
+transformers: `generate` with its dynamic cache, the same shape and lengths. --profile: each kernel's time in a
+step and its bandwidth. --tune: other tiles than `decode.TILES`, the best named. A part that fails does not end the
+others.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -24,10 +26,11 @@ import torch
 from minitune.infer.engine import Engine, answer_all
 from minitune.infer.request import Handle, Request
 from minitune.infer.sampling import Sampling
-from minitune.model import decode
-from minitune.model.cache import PAGE, DecodeLayout, PagedCache
+from minitune.model import decode, kernels
+from minitune.model.cache import PAGE, DecodeLayout, PagedCache, Part, PrefillLayout
 from minitune.model.decode import Columns, DecodeStep, Split, Tile
 from minitune.model.decoder import Decoder, DecoderConfig
+from minitune.model.prefill import Piece, Prefill
 from minitune.model.quantized import Int4Linear, quantize_linears
 
 SHAPE = DecoderConfig(
@@ -36,11 +39,10 @@ SHAPE = DecoderConfig(
     logits_scaling=9.0,
 )  # fmt: skip
 ROWS = [Tile(r, w) for r, w in ((2, 4), (4, 4), (8, 4), (4, 2), (2, 8), (4, 8), (1, 4))]
-ROWS4 = [Tile(r, w) for r, w in ((1, 2), (2, 2), (4, 2), (8, 2), (2, 1), (4, 1), (8, 1), (2, 4), (4, 4), (8, 4))]
+ROWS4 = [Tile(r, w) for r, w in ((1, 2), (2, 2), (4, 2), (2, 1), (4, 1), (2, 4), (4, 4))]
 CANDIDATES: dict[str, list[Tile]] = {name: ROWS4 if "4 bits" in name else ROWS for name in decode.TILES}
 CANDIDATES["head"] = [Tile(r, w) for r, w in ((4, 4), (8, 4), (8, 8), (16, 4), (4, 8))]
-CANDIDATES["several rows, 4 bits"] = [Tile(r, w) for r, w in ((16, 4), (32, 4), (64, 4), (32, 2), (64, 8))]
-SPLITS = [Split(k, s, w) for k, s, w in ((64, 1, 4), (128, 1, 8), (128, 1, 4), (64, 2, 4), (64, 4, 4), (32, 1, 2))]
+SPLITS = [Split(*s) for s in ((64, 1, 4), (128, 1, 8), (128, 1, 4), (64, 2, 4), (64, 4, 4), (64, 1, 4, 3), (32, 4, 2))]
 
 
 def decoder_of(four_bits: bool) -> Decoder:
@@ -100,11 +102,11 @@ def same(engine: Engine, asked: list[Request]) -> str:
     return f"{equal} of {len(found[0][0])}"
 
 
-def first_token(engine: Engine) -> list[float]:
+def first_token(engine: Engine, first: int = 500) -> list[float]:
     """Milliseconds, of prompts that share nothing."""
     found = []
     for at in range(8):
-        (request,) = requests(1, 512, 1, first=500 + at)
+        (request,) = requests(1, 512, 1, first=first + at)
         torch.cuda.synchronize()
         start = time.perf_counter()
         handle = engine.submit(request)
@@ -127,7 +129,7 @@ def answers(decoder: Decoder, name: str) -> None:
     print(f"{name}: {slow:.0f} tok/s while being recorded")
     print(f"{name}: tokens equal to the plain engine's: {same(engine, requests(1, 32, 48, first=800))} alone, "
           f"{same(engine, requests(6, 40, 48, first=820))} together", flush=True)  # fmt: skip
-    rows = [(1, 32, 224), (4, 128, 128), (16, 128, 128), (64, 128, 128), (64, 64, 128)]
+    rows = [(1, 32, 224), (4, 128, 128), (16, 128, 128), (64, 128, 128), (64, 112, 128), (64, 64, 128)]
     for count, length, tokens in rows:
         rate(engine, requests(count, length, 16, first=2000))
         best = max(rate(engine, requests(count, length, tokens, first=3000 + 100 * turn)) for turn in range(3))
@@ -184,6 +186,83 @@ def check(decoder: Decoder, name: str) -> None:
               f"replays equal {same} of 20", flush=True)  # fmt: skip
 
 
+PACKS = {  # (start, stop) of each prompt
+    "512": [(0, 512)],
+    "8 packed": [(0, n) for n in (512, 1, 63, 64, 65, 200, 300, 19)],
+    "one continued": [(448, 512), (100, 511), (511, 512)],
+}
+
+
+@torch.inference_mode()
+def check_prefill(decoder: Decoder, name: str) -> None:
+    """The relative distance of scores, and of what the cache holds, of prompts by hand and by the plain layers."""
+    for kind, spans in PACKS.items():
+        cache, columns = held(decoder, len(spans), 512)
+        asked = requests(len(spans), 512, 1)
+        pieces = [Piece(i, a, list(asked[i].prompt_ids[a:b]), True) for i, (a, b) in enumerate(spans)]
+        ids = torch.tensor([token for piece in pieces for token in piece.ids], device="cuda")
+        position = torch.cat([torch.arange(a, b) for a, b in spans]).cuda()
+        parts = [Part(columns.table_SP[i].tolist(), a, b) for i, (a, b) in enumerate(spans)]
+        ends = torch.tensor([b - a for a, b in spans]).cumsum(0) - 1
+        h = decoder.hidden(ids, position, PrefillLayout(cache, parts, position + 1))
+        plain, kept = decoder.head(h[ends.cuda()]).float(), (cache.keys.clone(), cache.values.clone())
+        by_hand = Prefill(decoder, cache, columns, 4096)
+        scores = by_hand.run(pieces)
+        assert scores is not None
+        far = float((scores.float() - plain).norm() / plain.norm())
+        while by_hand.prepare():
+            pass
+        replayed = [by_hand.run(pieces).clone() for _ in range(6)]  # type: ignore[union-attr]
+        graph_far = float((replayed[0].float() - plain).norm() / plain.norm())
+        held_far = [
+            float((a[:, 1:].float() - b[:, 1:].float()).norm() / b[:, 1:].float().norm())
+            for a, b in zip((cache.keys, cache.values), kept, strict=True)  # page 0 is nobody's
+        ]
+        agree = int((scores.argmax(-1) == plain.argmax(-1)).sum())
+        equal = all(torch.equal(replayed[0], one) for one in replayed)
+        print(f"check prefill {name}: {kind}: distance {far:.4f}, recorded {graph_far:.4f}, keys {held_far[0]:.4f}, "
+              f"values {held_far[1]:.4f}, likeliest {agree} of {len(spans)}, replays equal {equal}")  # fmt: skip
+
+
+@torch.inference_mode()
+def prefill(decoder: Decoder, name: str) -> None:
+    """First tokens of 512 by hand and plainly; the host's and the device's share of a prefill."""
+    check_prefill(decoder, name)
+    engine = Engine(decoder, tokenizer(), slots=64, cache_tokens=64 * 384)
+    by_hand = engine._slots.by_hand
+    assert by_hand is not None, engine.plainly
+    plain = first_token(engine)
+    start = time.perf_counter()
+    while by_hand.prepare():
+        pass
+    torch.cuda.synchronize()
+    print(f"prefill {name}: prepared in {time.perf_counter() - start:.1f} s")
+    ours = first_token(engine, 600)
+    print(f"prefill {name}: first token of 512: best {min(ours):.2f} ms, median {statistics.median(ours):.2f} ms; "
+          f"plain {min(plain):.2f}, {statistics.median(plain):.2f} ms", flush=True)  # fmt: skip
+    for count, length in ((1, 64), (1, 512), (1, 1024), (8, 512), (8, 1024)):
+        by_row = [Piece(i, 0, list(r.prompt_ids), True) for i, r in enumerate(requests(count, length, 1))]
+        found = []
+        for _ in range(8):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            by_hand.run(by_row)
+            given = time.perf_counter()
+            torch.cuda.synchronize()
+            found.append(((time.perf_counter() - start) * 1e3, (given - start) * 1e3))
+        whole, host = min(found)
+        print(f"   {count} x {length}: {whole:.2f} ms, of it the host's launches {host:.2f} ms", flush=True)
+        if (count, length) == (1, 512):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+                by_hand.run(by_row)
+                torch.cuda.synchronize()
+            events = sorted((e for e in seen.key_averages() if e.device_time_total), key=lambda e: -e.device_time_total)
+            busy = sum(e.device_time_total for e in events)
+            print(f"   {busy / 1e3:.2f} ms of kernels, {sum(e.count for e in events)} launches; the longest:")
+            for event in events[:8]:
+                print(f"   {event.device_time_total:8.0f} us  {event.count:4d} x  {event.key[:90]}")
+
+
 def microseconds(call: Callable[[], object], times: int = 1) -> float:
     """A call's time inside a graph."""
     call()
@@ -222,7 +301,7 @@ def launches(step: DecodeStep) -> Iterator[tuple[str, Callable[[], object], int,
     }
     for name, call in kinds.items():
         of = getattr(d.layers[0].attn if name in ("qkv", "o") else d.layers[0].mlp, name)
-        yield name + four, lambda call=call: [call(layer) for layer in d.layers], len(d.layers), size(of)
+        yield name + four, lambda call=call: [call(layer) for layer in step.layers], len(step.layers), size(of)
     v = d.config.vocab_size
     head = lambda: step._gemv("head", step.x, d.head_weight, step.logits[:, :v], 1.0, d.norm, False, False)  # noqa: E731
     yield "head", head, 1, d.head_weight.numel() * 2
@@ -243,7 +322,7 @@ def profile(decoder: Decoder, name: str) -> None:
             best = microseconds(step.take_best)
             print(f"profile {name}: {rows} rows, PDL {pdl}: step {whole:.0f} us, {rows / whole * 1e6:.0f} tok/s; "
                   f"likeliest {best:.1f} us", flush=True)  # fmt: skip
-            step.at_B.fill_(190)
+            step._enter()
             us = microseconds(lambda s=step: [s._attend(i, False) for i in range(40)], 40)
             print(f"   attend   {us:6.1f} us  {rows * 191 * 36 * 64 * 4 / us / 1e3:6.0f} GB/s")
             if rows == 1:
@@ -270,12 +349,30 @@ def table_of(step: DecodeStep) -> None:
         print(f"   {event.device_time_total:8.0f} us  {event.count:4d} x  {event.key[:70]}")
 
 
+def compile_all(step: DecodeStep) -> None:
+    """All tiles at once, on all processors."""
+    step.layers = step.layers[:1]
+    with ThreadPoolExecutor(16) as pool:
+        try:
+            with kernels.compiling(pool):
+                for name, call, _, _ in launches(step):
+                    kept = decode.TILES[name]
+                    for tile in CANDIDATES[name]:
+                        decode.TILES[name] = tile
+                        call()
+                    decode.TILES[name] = kept
+        except Exception as error:  # the one that is at fault is named when it is tried
+            print(f"   compiling: {type(error).__name__}: {str(error)[:80]}")
+
+
 @torch.inference_mode()
 def tune(decoder: Decoder, seconds: float = 60.0) -> None:
     start = time.perf_counter()
     cache, columns = held(decoder, 1, 190)
     step = DecodeStep(decoder, cache, columns, 1, 4096)
     step.slot_B.zero_()
+    compile_all(DecodeStep(decoder, cache, columns, 1, 4096))
+    print(f"compiled in {time.perf_counter() - start:.0f} s; step {microseconds(lambda: step.run(False)):.0f} us")
     for name, call, count, size in launches(step):
         kept, found = decode.TILES[name], {}
         for tile in [kept, *(t for t in CANDIDATES[name] if t != kept)]:
@@ -293,24 +390,19 @@ def tune(decoder: Decoder, seconds: float = 60.0) -> None:
             print(f"tune {name:16s} now {found.get(kept, float('nan')):6.1f}, best {found[best]:6.1f} us "
                   f"{tuple(best)}, {size / found[best] / 1e3:.0f} GB/s", flush=True)  # fmt: skip
             print("   " + "  ".join(f"{tuple(t)}:{us:.1f}" for t, us in sorted(found.items(), key=lambda p: p[1])))
-    for rows in (1, 64):
-        cache, columns = held(decoder, rows, 190)
-        step = DecodeStep(decoder, cache, columns, rows, 4096)
-        step.slot_B.copy_(torch.arange(rows))
-        step.at_B.fill_(190)
-        kept, found = decode.ATTEND, {}
-        for split in [s for s in SPLITS if rows == 1 or s.splits == 1]:
-            decode.ATTEND = {1: split}
-            try:
-                step = DecodeStep(decoder, cache, columns, rows, 4096)
-                step.at_B.fill_(190)
-                step.slot_B.copy_(torch.arange(rows))
-                found[split] = microseconds(lambda s=step: [s._attend(i, False) for i in range(40)], 40)
-            except Exception as error:
-                print(f"   attend {tuple(split)}: {type(error).__name__}")
-        decode.ATTEND = kept
-        text = "  ".join(f"{tuple(t)}:{us:.1f}" for t, us in sorted(found.items(), key=lambda p: p[1]))
-        print(f"tune attend, {rows} rows: {text}", flush=True)
+    print(f"tune: step {microseconds(lambda: step.run(False)):.0f} us")
+    kept, by_split = decode.ATTEND, {}
+    for split in SPLITS:
+        decode.ATTEND = {1: split}
+        step = DecodeStep(decoder, cache, columns, 1, 4096)
+        step.slot_B.zero_()
+        columns.position_S.fill_(190)
+        step._enter()
+        us = microseconds(lambda s=step: [s._attend(i, False) for i in range(40)], 40)
+        by_split[split] = microseconds(lambda s=step: s.run(False)), us
+    decode.ATTEND = kept
+    text = "  ".join(f"{tuple(t)}:{w:.0f},{us:.1f}" for t, (w, us) in sorted(by_split.items(), key=lambda p: p[1]))
+    print(f"tune attend (step, by itself): {text}", flush=True)
 
 
 @torch.inference_mode()
@@ -371,6 +463,8 @@ def main() -> None:
         decoder = decoder_of(name == "int4")
         if "check" in parts:
             attempt(f"check {name}", lambda d=decoder, n=name: check(d, n))
+        if "prefill" in parts:
+            attempt(f"prefill {name}", lambda d=decoder, n=name: prefill(d, n))
         if name in tuned:
             attempt(f"tune {name}", lambda d=decoder: tune(d))
         if arguments.profile:

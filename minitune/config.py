@@ -115,6 +115,12 @@ class TrainConfig:
     max_grad_norm: float = setting(
         1.0, "a step's gradient is shortened to this length (0: never)", group="optimisation"
     )
+    optim: Literal["auto", "adamw", "adamw_8bit", "adamw_8bit_in_backward"] = setting(
+        "auto",
+        "--method full: bits of AdamW's moments, 32 or 8; in_backward: no gradient is kept, each is clipped by its own "
+        "norm; auto: the first that fits",
+        group="optimisation",
+    )
     seed: int = setting(
         42, "order of rows, initial adapter, dropout: the same seed, the same run", group="optimisation"
     )

@@ -27,12 +27,13 @@ TOKENIZER_FILES = (
 
 
 @contextmanager
-def whole(folder: Path) -> Iterator[Path]:
+def whole(folder: Path, named: Path | None = None) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its place at the end; on any failure nothing is left.
 
-    A kill leaves at most the temporary folder, which the next write removes. A full disk is a UserError.
+    A kill leaves at most the temporary folder, which the next write removes. A full disk is a UserError, which
+    names `named` where a person knows the folder by another name.
     """
-    with _part(folder.with_name(f".{folder.name}.part"), folder) as part:
+    with _part(folder.with_name(f".{folder.name}.part"), named or folder) as part:
         yield part
         old = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)

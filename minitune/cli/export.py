@@ -16,8 +16,9 @@ SETTINGS = ("model", "adapter", "format", "quant", "output", "dtype", "verify", 
 def declare_export(parser: argparse.ArgumentParser) -> None:
     from minitune.foreign import tables
 
+    base = f"{MODEL}; with --adapter, its base by default"
     unset: dict[str, Any] = {"default": argparse.SUPPRESS}  # so that a file's values count under the flags'
-    parser.add_argument("--model", "--model_name_or_path", help=MODEL, **unset)
+    parser.add_argument("--model", "--model_name_or_path", help=base, **unset)
     parser.add_argument("--adapter", "--adapter_name_or_path", help="merged into the weights", **unset)
     parser.add_argument("--format", choices=("hf", "minicpm", "gguf"), help=FORMAT, **unset)
     parser.add_argument("--quant", metavar="KIND", help=QUANT, **unset)
@@ -38,14 +39,15 @@ def declare_export(parser: argparse.ArgumentParser) -> None:
 
 def call_export(values: dict[str, Any]) -> int:
     values = translated(values, texts_named(*SETTINGS), "export")
-    for name in ("model", "output"):
-        if not values.get(name):
-            raise UserError(f"export: --{name} is missing")
+    if not values.get("output"):
+        raise UserError("export: --output is missing")
     verify = str(values.pop("verify", "true")).lower()
     if verify not in ("true", "false"):
         raise UserError(f"--verify is {verify!r}; it takes true, false")
     from minitune.export import export
+    from minitune.infer.chat import which
 
+    values["model"], values["adapter"] = which(values.get("model"), values.get("adapter"))
     settings: dict[str, Any] = {"format": "hf", "verify": verify == "true"} | values
     export(**settings)
     return 0

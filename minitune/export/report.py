@@ -101,7 +101,7 @@ def say(report: Report) -> None:
         print(f"{report.output}: verified: {report.comparison.line()}")
     if report.first_turns_equal is not None:
         first = "as trained" if report.first_turns_equal else "NOT as trained"
-        where = report.output / "chat_template.jinja" if report.output.is_dir() else report.output
+        where = report.files[0] if report.files else report.output / "chat_template.jinja"  # a GGUF file holds its own
         print(
             f"{where}: other programs tokenise first turns {first}; "
             f"of later turns {report.later_differ} of {report.later_ids} ids differ"

@@ -75,6 +75,7 @@ def check_words(format: str, quant: str, dtype: str) -> str:
     """The quantisation meant; UserError for words that are none, or don't go together."""
     from minitune.checkpoint.weights import DTYPES
 
+    quant = quant.lower()  # Q4_K_M, as llama.cpp's own tools write it
     if format not in FORMATS:
         raise UserError(f"format is {format!r}; it takes {', '.join(FORMATS)}")
     if dtype != "auto" and dtype not in DTYPES:
@@ -129,7 +130,7 @@ def placed(target: Path) -> Iterator[Path]:
         return
     folder = target.with_name(f".{target.name}.files")
     try:
-        with whole(folder) as part:
+        with whole(folder, named=target) as part:
             yield part
         for file in sorted(folder.iterdir()):
             os.replace(file, target.parent / file.name)

@@ -178,17 +178,23 @@ def report_to(item: Item, context: Context) -> dict[str, Any]:
 
 
 def optimizer(context: Context) -> None:
-    """AdamW in 32 bits. An adapter's states are small, so they stand in for 8-bit ones; every parameter's are not."""
+    """AdamW in 32 or 8 bits. An adapter's moments are small, so those of 32 stand in for 8."""
+    full, eight = context.value("method") == "full", ("adamw_bnb_8bit", "adamw_torch_8bit", "paged_adamw_8bit")
     for item in (context.items[n] for n in ("optim", "optimizer") if n in context.items):
         name = last_word(item.value)
-        if name in ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "none"):
-            context.same(item)
-        elif name not in ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "paged_adamw"):
-            raise Refused(f"the optimizer is AdamW: write {item.spelling}: adamw_torch", item)
-        elif context.value("method") == "full" and name != "paged_adamw_32bit":
-            raise Refused(f"AdamW keeps 32 bits here: write {item.spelling}: adamw_torch", item)
-        else:
+        if name in (*eight, "adamw_8bit", "paged_adamw_32bit", "paged_adamw") and not (full and "8bit" in name):
             context.moot(item, "AdamW keeps 32 bits, on the card")
+        elif context.option("optim", name):
+            context.set("optim", name, item)
+        elif name in eight:
+            context.set("optim", "adamw_8bit", item)
+            context.converted(item, "optim adamw_8bit")
+        elif name in ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "none"):
+            if full and name != "none":
+                context.set("optim", "adamw", item)
+            context.same(item)
+        else:
+            raise Refused(f"the optimizer is AdamW: write {item.spelling}: adamw_torch", item)
 
 
 def schedule(context: Context) -> None:

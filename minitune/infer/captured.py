@@ -3,8 +3,8 @@
 A step is two graphs: one gives the scores of a batch (`model.decode`), one draws the tokens and puts them into the
 slots. So the device can go on to the next token before the host has looked at this one: what the host finds out too
 late (an end token, a cancellation) costs a row of one step, whose result is dropped. What a graph can't do (grammars,
-log-probabilities) is drawn plainly after the first graph. A batch runs in the smallest recorded size that holds it,
-padded with rows of the idle slot; what is not recorded yet runs plainly.
+log-probabilities, a bias) is drawn plainly after the first graph. A batch runs in the smallest recorded size that
+holds it, padded with rows of the idle slot; what is not recorded yet runs plainly.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class Captured:
         """Both graphs of sequences whose next tokens stand at these places."""
         sequences = [sequence for sequence, _ in going]
         requests = [sequence.request for sequence in sequences]
-        if any(r.grammar is not None or r.logprobs is not None for r in requests):
+        if any(r.grammar is not None or r.logprobs is not None or r.bias is not None for r in requests):
             return None
         step, replay = self._found(going)
         if step is None:

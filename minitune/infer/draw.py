@@ -11,6 +11,7 @@ Legend: B rows, V vocabulary, C candidates.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +78,16 @@ def draw(scores_BV: Tensor, at: Settings, kinds: frozenset[str]) -> tuple[Tensor
         token_B = torch.where(whole_B | greedy_B, token_B, drawn_B)
         settled_B = near_B | whole_B | greedy_B
     return token_B, settled_B, top_B
+
+
+def biased(scores_BV: Tensor, added: Sequence[Mapping[int, float]]) -> Tensor:
+    """A copy with what is added to some tokens of each row."""
+    places = [(row, token) for row, one in enumerate(added) for token in one]
+    if not places:
+        return scores_BV
+    row_N, token_N = torch.tensor(places, device=scores_BV.device).unbind(1)
+    value_N = torch.tensor([value for one in added for value in one.values()], device=scores_BV.device)
+    return scores_BV.index_put((row_N, token_N), value_N, accumulate=True)
 
 
 def draw_one(scores_V: Tensor, sampling: Sampling, key: int, position: int) -> int:

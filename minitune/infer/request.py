@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from minitune.config import UserError
-from minitune.infer.sampling import Sampling
+from minitune.infer.sampling import Bias, Sampling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +33,7 @@ class Request:
     prompt_ids: by `data.template` (or a plain text's ids). stop_ids: tokens that end the answer and are no part of
     it. stop: texts that do; the answer ends before the first of them, across token and character borders. adapter: a
     name that the engine was given, "" for the base. logprobs: None, or how many of the likeliest tokens to tell
-    beside the chosen one (0: the chosen one alone).
+    beside the chosen one (0: the chosen one alone). bias: None where nothing is added to the scores.
     """
 
     prompt_ids: tuple[int, ...]
@@ -43,6 +43,7 @@ class Request:
     adapter: str = ""
     logprobs: int | None = None
     grammar: Grammar | None = None
+    bias: Bias | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ form for one row; `draw.py` does all rows of a batch at once, and falls back on 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -45,6 +46,24 @@ class Sampling:
         ):
             if not fine:
                 raise UserError(f"{name} is {getattr(self, name)}; it takes {range_}")
+
+
+@dataclass(frozen=True)
+class Bias:
+    """What is added to scores before all else, as OpenAI's API has it: -presence for each token that the answer holds
+    (the prompt does not count), -frequency for each time that it does, and fixed numbers for some tokens."""
+
+    presence: float = 0.0
+    frequency: float = 0.0
+    tokens: tuple[tuple[int, float], ...] = ()
+
+    def after(self, said: Sequence[int]) -> dict[int, float]:
+        """Token -> what is added to its score behind the answer `said`."""
+        out = dict(self.tokens)
+        if self.presence or self.frequency:
+            for token, count in Counter(said).items():
+                out[token] = out.get(token, 0.0) - self.presence - self.frequency * count
+        return out
 
 
 def candidates(logits_V: Tensor, history_ids: Sequence[int], sampling: Sampling) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,11 @@
 """The device's side of the engine: what it holds for each running request, and the two computations over it.
 
 Everything a step needs lies in static tensors, a row a slot; `decode` reads and writes them by slot number. On a card
-`captured` does the same by hand, recorded and replayed. One fetch a computation brings the tokens to the host.
+`captured` does the same by hand, recorded and replayed, and `model.prefill` reads prompts by hand. One fetch a
+computation brings the tokens to the host.
 
-Legend: S slots + 1 (the last one idle), B rows, T tokens, H hidden, V vocabulary, P pages of a sequence.
+Legend: S slots + 1 (the last one idle), B rows, T tokens, H hidden, V vocabulary, P pages of a sequence,
+C columns.
 """
 
 from __future__ import annotations
@@ -18,13 +20,15 @@ from torch import Tensor
 
 from minitune.config import UserError
 from minitune.infer.captured import Captured
-from minitune.infer.draw import Settings, draw, draw_one, key_of, kind_of
+from minitune.infer.draw import Settings, biased, draw, draw_one, key_of, kind_of
 from minitune.infer.request import TokenLogprob
 from minitune.infer.schedule import Sequence
 from minitune.model.cache import PAGE, DecodeLayout, PagedCache, Part, PrefillLayout
+from minitune.model.contract import Contract
 from minitune.model.decode import Columns, why_not
 from minitune.model.decoder import Decoder, Layer
 from minitune.model.lora import Choice
+from minitune.model.prefill import Piece, Prefill
 
 
 @dataclass(frozen=True)
@@ -47,29 +51,36 @@ class Slots:
         device, rows = decoder.device, slots + 1
         self.cache = PagedCache(decoder.config, pages, device, decoder.dtype)
 
-        def column(dtype: torch.dtype) -> Tensor:
-            return torch.zeros(rows, dtype=dtype, device=device)
-
-        self.token_S, self.position_S = column(torch.int64), column(torch.int64)
-        self.prompt_S, self.adapter_S = column(torch.int64), column(torch.int64)
-        self.temperature_S, self.top_p_S, self.min_p_S = (column(torch.float32) for _ in range(3))
-        self.top_k_S, self.key_S = column(torch.int64), column(torch.int32)
-        self.penalty_S = column(torch.float32)
+        # one tensor a kind, so that a sequence's row is written at once
+        self._whole_CS = torch.zeros(5, rows, dtype=torch.int64, device=device)
+        self._real_CS = torch.zeros(4, rows, dtype=torch.float32, device=device)
+        self.token_S, self.position_S, self.prompt_S, self.adapter_S, self.top_k_S = self._whole_CS.unbind()
+        self.temperature_S, self.top_p_S, self.min_p_S, self.penalty_S = self._real_CS.unbind()
+        self.key_S = torch.zeros(rows, dtype=torch.int32, device=device)
         self.table_SP = torch.zeros(rows, -(-limit // PAGE), dtype=torch.int64, device=device)
         self.seen_SV: Tensor | None = None  # which tokens a sequence holds; made when a penalty first asks for it
         self._batch: tuple[object, Tensor, list[tuple[Tensor | None, int]]] = ((), self.token_S[:0], [])
         self.columns = Columns(self.token_S, self.position_S, self.prompt_S, self.adapter_S, self.table_SP)
         self.plainly = why_not(decoder) if device.type in CAPTURED else "there is no card"
         self.captured = None if self.plainly else Captured(self, limit)
+        self.contract: Contract | None = None  # what recorded prompts rest on
+        self.by_hand = None if self.plainly else Prefill(decoder, self.cache, self.columns, limit, choice)
 
     def prepare(self, all_usual: bool) -> bool:
-        """Records a captured step, one that was asked for or any usual one; False: there is none to record."""
-        if self.captured is None:
-            return False
+        """Compiles what reads prompts, or records a captured step, one that was asked for or any usual one; False:
+        there is nothing to prepare."""
+        by_hand, captured = self.by_hand, self.captured
         try:
-            return self.captured.prepare(all_usual)
+            if by_hand is not None and (all_usual or by_hand.asked) and by_hand.prepare():
+                if self.contract is None and captured is not None:
+                    self.contract = captured.contract = captured.contract or captured._contract()
+                return True
+            return captured is not None and captured.prepare(all_usual)
         except Exception as error:  # no memory, a compiler that fails: answers are given all the same
-            self.captured.drop()
+            if captured is not None:
+                captured.drop()
+            if by_hand is not None and not by_hand.ready:
+                self.by_hand = None
             self.captured, self.plainly = None, f"{type(error).__name__}: {error}"
             warnings.warn(f"decoding stays plain, which is slow: {self.plainly}", stacklevel=2)
             return False
@@ -79,21 +90,19 @@ class Slots:
         chain, slot, sampling = sequence.held, sequence.slot, sequence.request.sampling
         if chain.copied is not None:
             self.cache.copy(*chain.copied)
-        for column, value in (
-            (self.token_S, sequence.ids[-1]),
-            (self.position_S, len(sequence.ids) - 1),
-            (self.prompt_S, sequence.handle.prompt_tokens),
-            (self.adapter_S, sequence.adapter),
-            (self.temperature_S, sampling.temperature),
-            (self.top_p_S, sampling.top_p),
-            (self.top_k_S, sampling.top_k),
-            (self.min_p_S, sampling.min_p),
-            (self.key_S, key_of(sequence.seed)),
-            (self.penalty_S, sampling.repetition_penalty),
-        ):
-            column[slot] = value
+        position, prompt = len(sequence.ids) - 1, sequence.handle.prompt_tokens
+        whole = [sequence.ids[-1], position, prompt, sequence.adapter, sampling.top_k]
+        real = [sampling.temperature, sampling.top_p, sampling.min_p, sampling.repetition_penalty]
+        self._whole_CS[:, slot] = self._there(whole)
+        self._real_CS[:, slot] = self._there(real)
+        self.key_S[slot].fill_(key_of(sequence.seed))
         self.write_pages(sequence)
         self._mark(sequence, sequence.ids)
+
+    def _there(self, numbers: Items[int] | Items[float]) -> Tensor:
+        """Numbers on the device, which is not waited for."""
+        device = self.decoder.device
+        return torch.tensor(numbers, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
     def restore(self, sequence: Sequence) -> None:
         """Sets a slot to what the host knows of its sequence, whatever the device has gone on to."""
@@ -114,7 +123,7 @@ class Slots:
     def write_pages(self, sequence: Sequence) -> None:
         """The row of the page table, after it grew."""
         pages = sequence.held.pages
-        self.table_SP[sequence.slot, : len(pages)] = torch.tensor(pages, device=self.table_SP.device)
+        self.table_SP[sequence.slot, : len(pages)] = self._there(pages)
 
     def write_last_page(self, sequence: Sequence) -> None:
         """The same where one page was added: a number, which does not wait for the device."""
@@ -124,30 +133,37 @@ class Slots:
     def prefill(self, parts: Items[tuple[Sequence, int]]) -> list[Drawn]:
         """Runs the ids of each sequence from `computed` up to the number beside it, all in one pack; a token for
         those whose ids end there."""
-        device = self.decoder.device
-        spans = [(s.computed, stop) for s, stop in parts]
-        ids = [token for (s, _), (start, stop) in zip(parts, spans, strict=True) for token in s.ids[start:stop]]
-        lengths = torch.tensor([stop - start for start, stop in spans], device=device)
-        slots_R = torch.tensor([s.slot for s, _ in parts], device=device)
-        slot_T = slots_R.repeat_interleave(lengths, output_size=len(ids))
-        position_T = torch.tensor([p for start, stop in spans for p in range(start, stop)], device=device)
-        length_T = torch.maximum(self.prompt_S[slot_T], position_T + 1)
-        pages = [Part(s.held.pages, start, stop) for (s, _), (start, stop) in zip(parts, spans, strict=True)]
-        layout = PrefillLayout(self.cache, pages, length_T)
-        self._choose([s for s, _ in parts], slot_T)
-        h_TH = self._hidden(torch.tensor(ids, device=device), position_T, layout)
-        ends, at = [], -1
-        for (sequence, stop), (start, _) in zip(parts, spans, strict=True):
-            at += stop - start
-            if stop == len(sequence.ids):
-                ends.append((sequence, at))
-        if not ends:
+        pieces = [Piece(s.slot, s.computed, s.ids[s.computed : stop], stop == len(s.ids)) for s, stop in parts]
+        done = [s for s, stop in parts if stop == len(s.ids)]
+        by_hand = self.by_hand
+        if by_hand is not None and by_hand.ready:
+            scores_BV = by_hand.run(pieces, any(s.adapter >= 0 for s, _ in parts))
+            if self.contract is not None:
+                self.contract.check()  # the device computes meanwhile
+        else:
+            if by_hand is not None:
+                by_hand.asked = True
+            scores_BV = self._plain_prefill([s for s, _ in parts], pieces)
+        if scores_BV is None:
             return []
-        done = [sequence for sequence, _ in ends]
-        rows_B = torch.tensor([s.slot for s in done], device=device)
+        rows_B = self._there([s.slot for s in done])
         self.position_S[rows_B] += 1
-        h_BH = h_TH[torch.tensor([at for _, at in ends], device=device)]
-        return self._draw(self.decoder.head(h_BH), rows_B, done)
+        return self._draw(scores_BV, rows_B, done)
+
+    def _plain_prefill(self, sequences: Items[Sequence], pieces: Items[Piece]) -> Tensor | None:
+        """Scores [B, V] of the pieces that are asked for, by the decoder's layers; None where none is."""
+        device = self.decoder.device
+        spans = [range(piece.start, piece.start + len(piece.ids)) for piece in pieces]
+        ids_T = torch.tensor([token for piece in pieces for token in piece.ids], device=device)
+        position_T = torch.tensor([position for span in spans for position in span], device=device)
+        slot_T = torch.tensor([p.slot for p in pieces for _ in p.ids], device=device)
+        length_T = torch.maximum(self.prompt_S[slot_T], position_T + 1)
+        held = [Part(s.held.pages, span.start, span.stop) for s, span in zip(sequences, spans, strict=True)]
+        self._choose(sequences, slot_T)
+        h_TH = self._hidden(ids_T, position_T, PrefillLayout(self.cache, held, length_T))
+        ends = torch.tensor([len(span) for span in spans]).cumsum(0) - 1
+        asked = ends[torch.tensor([piece.asked for piece in pieces])]
+        return self.decoder.head(h_TH[asked.to(device)]) if len(asked) else None
 
     def decode(self, sequences: Items[Sequence]) -> list[Drawn]:
         """Runs the newest token of each ready sequence; the next one of each."""
@@ -233,13 +249,16 @@ class Slots:
         return Drawn(sequence, token, None)
 
     def _draw(self, logits_BV: Tensor, rows_B: Tensor, sequences: Items[Sequence]) -> list[Drawn]:
-        """Scores, penalty, grammar, draw; the tokens go into the slots and, in one fetch, to the host."""
+        """Scores, bias, penalty, grammar, draw; the tokens go into the slots and, in one fetch, to the host."""
         logits_BV = logits_BV.float()
         penalised = any(s.request.sampling.repetition_penalty != 1 for s in sequences)
         grammars = any(s.request.grammar is not None for s in sequences)
         allowed_BV = self._allowed(sequences) if grammars else None
         kinds = frozenset(kind_of(s.request.sampling) for s in sequences)
-        scores_BV, told = self.draw_rows(logits_BV, rows_B, kinds, penalised, allowed_BV)
+        scores_BV = logits_BV
+        if any(s.request.bias is not None for s in sequences):
+            scores_BV = biased(logits_BV, [b.after(s.handle.ids) if (b := s.request.bias) else {} for s in sequences])
+        scores_BV, told = self.draw_rows(scores_BV, rows_B, kinds, penalised, allowed_BV)
         asked = [s.request.logprobs for s in sequences if s.request.logprobs is not None]
         if asked:
             told = torch.cat((told, _logprobs(logits_BV, told[:, 0].long(), max(asked))), dim=1)

@@ -11,7 +11,6 @@ Legend: B rows, S slots, P pages of a sequence, H hidden, X = (N + 2 K) · D, F 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from minitune.model import cache as pages
-from minitune.model import decode_attention, fused_kernels, kernels
+from minitune.model import decode_attention, decode_rows, fused_kernels, kernels
 from minitune.model import decode_kernels as dk
 from minitune.model.cache import PagedCache
 from minitune.model.decoder import Decoder, Linear
@@ -28,6 +27,7 @@ from minitune.model.lora import Choice, Lora
 from minitune.model.quantized import Int4Linear
 
 PDL = True  # on cards that have it (Hopper and later)
+ONE = 0x3F800000  # the bits of 1.0 in float32
 PART = 4096  # scores a program looks at for the likeliest
 
 
@@ -45,26 +45,26 @@ TILES = {
     "down": Tile(2, 8),
     "head": Tile(8, 4),
     "qkv, 4 bits": Tile(4, 2),
-    "o, 4 bits": Tile(2, 2),
-    "gate_up, 4 bits": Tile(2, 2),
-    "down, 4 bits": Tile(2, 4),
-    "several rows, 4 bits": Tile(32, 4),
+    "o, 4 bits": Tile(4, 2),
+    "gate_up, 4 bits": Tile(4, 1),
+    "down, 4 bits": Tile(4, 1),
     "adapter's A": Tile(1, 4),
 }
-FEW = 132 * 32  # outputs up to which a tile of several rows is half as large, or a large card would be half idle
 
 
 class Split(NamedTuple):
-    """Keys a block, programs that a row's keys are dealt to, and warps of one."""
+    """Keys a block, programs that a row's keys are dealt to, warps of one, and its blocks under way (1: the next one
+    lies in registers; more, for heads with keys of their own: in shared memory)."""
 
     keys: int
     splits: int
     warps: int
+    stages: int = 1
 
 
 # By rows (the largest that is not above) for contexts that fit into LONG tokens, and for longer ones.
 LONG = 512
-ATTEND = {1: Split(128, 1, 8), 8: Split(64, 1, 4)}
+ATTEND = {1: Split(128, 1, 4), 8: Split(64, 1, 4), 64: Split(16, 1, 1)}
 ATTEND_LONG = {1: Split(64, 8, 4), 16: Split(64, 2, 4), 32: Split(64, 1, 4)}
 
 
@@ -108,7 +108,7 @@ class DecodeStep:
         )
         hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
         self.pdl = PDL and hopper
-        self._more: dict[str, Any] = {"launch_pdl": True} if self.pdl else {}
+        self.more: dict[str, Any] = {"launch_pdl": True} if self.pdl else {}
         hidden, width, F = config.hidden_size, config.intermediate_size, config.head_dim // 2
 
         def made(*shape: int, kind: torch.dtype = dtype) -> Tensor:
@@ -117,12 +117,14 @@ class DecodeStep:
         idle = columns.token_S.shape[0] - 1
         self.slot_B = torch.full((rows,), idle, device=device)
         self.at_B = made(rows, kind=torch.int64)
+        self.pages = made(rows, columns.table_SP.shape[1], kind=torch.int64)
         self.cos, self.sin = made(rows, F, kind=torch.float32), made(rows, F, kind=torch.float32)
         self.x, self.n, self.h = (made(rows, hidden) for _ in range(3))
         self.qkv = made(rows, (self.heads + 2 * self.kv_heads) * self.head_dim)
         self.y, self.back = made(rows, self.heads * self.head_dim), made(rows, hidden)
         self.gate_up, self.act = made(rows, 2 * width), made(rows, width)
-        self.rstd = made(rows, kind=torch.float32)
+        self.own = rows > 1 and decode_rows.own(device, dtype)
+        self.parts = made(decode_rows.most_parts(rows), rows, hidden, kind=torch.float32)
         self.logits = made(rows, config.vocab_size + decoder.padding)
         parts = -(-config.vocab_size // PART)
         self.best, self.best_id = made(rows, parts, kind=torch.float32), made(rows, parts, kind=torch.int64)
@@ -152,7 +154,7 @@ class DecodeStep:
             if self.rows == 1:
                 self._one(long, choice is not None)
             else:
-                self._several(long, choice is not None)
+                decode_rows.run(self, long, choice is not None)
         finally:
             if choice is not None:
                 choice.index_T = None
@@ -172,9 +174,11 @@ class DecodeStep:
         decoder, columns = self.decoder, self.columns
         hidden, table = decoder.config.hidden_size, not decoder.rope.needs_length
         dk._enter[(self.rows,)](
-            self.slot_B, columns.token_S, columns.position_S, decoder.embed.weight, *self.angles,
-            self.x, self.at_B, self.cos, self.sin, decoder.config.embedding_multiplier, columns.token_S.shape[0] - 1,
-            H=hidden, F=self.head_dim // 2, BH=next_power_of_2(hidden), BF=next_power_of_2(self.head_dim // 2),
+            self.slot_B, columns.token_S, columns.position_S, columns.table_SP, decoder.embed.weight, *self.angles,
+            self.x, self.at_B, self.pages, self.cos, self.sin, columns.table_SP.stride(0),
+            decoder.config.embedding_multiplier, columns.token_S.shape[0] - 1,
+            H=hidden, F=self.head_dim // 2, P=self.pages.shape[1], BH=next_power_of_2(hidden),
+            BF=next_power_of_2(self.head_dim // 2), BP=next_power_of_2(self.pages.shape[1]),
             TABLE=table, num_warps=4,
         )  # fmt: skip
         if not table:
@@ -212,7 +216,7 @@ class DecodeStep:
         self._gemv("adapter's A", x, stacked.A, self.narrow[:, :columns], 1.0, norm, False, False)
         dk._lora_out[(-(-y.shape[1] // 64),)](
             self.narrow, stacked.B, stacked.owner_C, stacked.scale_C, self.slot_B, self.columns.adapter_S, y,
-            y.shape[1], gain, C=columns, BC=next_power_of_2(columns), BN=64, PDL=self.pdl, num_warps=4, **self._more,
+            y.shape[1], gain, C=columns, BC=next_power_of_2(columns), BN=64, PDL=self.pdl, num_warps=4, **self.more,
         )  # fmt: skip
 
     def _multiply(
@@ -226,89 +230,48 @@ class DecodeStep:
         pair = torch.int32 if x.dtype.itemsize == 2 else torch.int64
         scale = norm.weight if norm is not None else x
         inputs, outputs = x.shape[1], y.shape[1]
-        dk._gemv4[(-(-outputs // tile.rows),)](
-            x.view(pair), scale.view(pair), linear.weight_packed.view(torch.uint8), linear.weight_scale, y, outputs,
-            norm.eps if norm is not None else 0.0, gain,
+        kernels.launch(
+            dk._gemv4, (-(-outputs // tile.rows),),
+            x.view(pair), scale.view(pair), linear.weight_packed, linear.weight_scale, y, outputs,
+            norm.eps if norm is not None else 0.0, gain, ONE,
             X=inputs, GROUP=inputs // linear.weight_scale.shape[1], NORM=norm is not None, ADD=add, SILU=silu,
-            BN=tile.rows, BK=256 * tile.warps, PDL=self.pdl, num_warps=tile.warps, **self._more,
+            BN=tile.rows, BW=32 * tile.warps, PDL=self.pdl, num_warps=tile.warps, **self.more,
         )  # fmt: skip
 
     def _gemv(
         self, name: str, x: Tensor, weight: Tensor, y: Tensor, gain: float, norm: Any, add: bool, silu: bool
     ) -> None:
         tile, outputs = TILES[name], y.shape[1]
-        dk._gemv[(-(-outputs // tile.rows),)](
+        kernels.launch(
+            dk._gemv, (-(-outputs // tile.rows),),
             x, norm.weight if norm is not None else x, weight, y, weight.stride(0), outputs,
             norm.eps if norm is not None else 0.0, gain,
             X=x.shape[1], NORM=norm is not None, ADD=add, SILU=silu, BN=tile.rows, BK=256 * tile.warps,
-            PDL=self.pdl, num_warps=tile.warps, **self._more,
+            PDL=self.pdl, num_warps=tile.warps, **self.more,
         )  # fmt: skip
 
     def _attend(self, index: int, long: bool) -> None:
         """y of qkv: the layer's attention; the new keys and values go into their pages."""
         N, K, D = self.heads, self.kv_heads, self.head_dim
-        split, table = _of(ATTEND_LONG if long else ATTEND, self.rows), self.columns.table_SP
+        split = _of(ATTEND_LONG if long else ATTEND, self.rows)
         scale = self.decoder.config.attention_scale * math.log2(math.e)
         decode_attention._attend[(self.rows * K, split.splits)](
-            self.qkv, self.cos, self.sin, self.at_B, self.slot_B, table, self.cache.keys[index],
-            self.cache.values[index], self.y, self.part, self.mass, table.stride(0), scale,
-            N=N, K=K, D=D, PAGE=pages.PAGE, M=split.keys, SPLITS=split.splits,
-            Q=1 if N == K else max(16, next_power_of_2(N // K)), PDL=self.pdl, num_warps=split.warps, num_stages=1,
-            **self._more,
+            self.qkv, self.cos, self.sin, self.at_B, self.pages, self.cache.keys[index], self.cache.values[index],
+            self.y, self.part, self.mass, scale,
+            N=N, K=K, D=D, P=self.pages.shape[1], PAGE=pages.PAGE, M=split.keys, SPLITS=split.splits,
+            Q=1 if N == K else max(16, next_power_of_2(N // K)), STAGES=split.stages, PDL=self.pdl,
+            num_warps=split.warps, num_stages=1, **self.more,
         )  # fmt: skip
         if split.splits > 1:
             decode_attention._merge[(self.rows * N,)](
-                self.part, self.mass, self.y, D=D, SPLITS=split.splits, PDL=self.pdl, num_warps=2, **self._more
+                self.part, self.mass, self.y, D=D, SPLITS=split.splits, PDL=self.pdl, num_warps=2, **self.more
             )
-
-    def _several(self, long: bool, adapters: bool) -> None:
-        decoder = self.decoder
-        back = None
-        for index, layer in enumerate(self.layers):
-            self._norm(back, layer.attn_norm)
-            self._product(layer.attn.qkv, self.n, self.qkv, adapters)
-            self._attend(index, long)
-            self._product(layer.attn.o, self.y, self.back, adapters)
-            self._norm(self.back, layer.mlp_norm)
-            self._product(layer.mlp.gate_up, self.n, self.gate_up, adapters)
-            self._silu_mul()
-            self._product(layer.mlp.down, self.act, self.back, adapters)
-            back = self.back
-        self._norm(back, decoder.norm)
-        torch.div(self.n, decoder.config.logits_scaling, out=self.h)
-        head = decoder.head_weight
-        torch.mm(self.h, head.as_strided((self.logits.shape[1], head.shape[1]), head.stride()).t(), out=self.logits)
-
-    def _norm(self, back: Tensor | None, norm: Any) -> None:
-        """x += the residual multiplier · back; n = norm(x)."""
-        hidden = self.x.shape[1]
-        fused_kernels._norm_in[(self.rows,)](
-            self.x, self.x if back is None else back, self.decoder.config.residual_multiplier, norm.weight, self.x,
-            self.n, self.x, self.rstd, norm.eps,
-            H=hidden, R=0, SUM=back is not None, STRIP=False, BH=next_power_of_2(hidden), num_warps=4,
-        )  # fmt: skip
 
     def _silu_mul(self) -> None:
         width = self.act.shape[1]
         fused_kernels._silu_mul[(self.rows, -(-width // 1024))](
             self.gate_up, self.act, self.rows, F=width, R=0, B=1024, num_warps=4
         )
-
-    def _product(self, linear: Linear, x: Tensor, y: Tensor, adapters: bool) -> None:
-        """y = x wᵀ, with each row's adapter."""
-        if isinstance(linear, Int4Linear):
-            tile, (outputs, groups) = TILES["several rows, 4 bits"], linear.weight_scale.shape
-            some = tile.rows if outputs > FEW else max(16, tile.rows // 2)
-            dk._gemm4[(-(-outputs // some),)](
-                x, linear.weight_packed.view(torch.uint8), linear.weight_scale, y, self.rows, outputs,
-                X=x.shape[1], GROUP=x.shape[1] // groups, BM=max(16, self.rows), BN=some,
-                PDL=self.pdl, num_warps=tile.warps, num_stages=3, **self._more,
-            )  # fmt: skip
-        else:
-            torch.mm(x, linear.weight.t(), out=y)
-        if adapters and linear.lora is not None:
-            stacked: Callable[[Tensor, Tensor], Tensor] = linear.lora  # type: ignore[assignment]
-            _put(stacked(x, y), y)
 
 
 def _of(table: dict[int, Split], rows: int) -> Split:

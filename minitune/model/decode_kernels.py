@@ -30,12 +30,13 @@ if AVAILABLE:
 
     @triton.jit
     def _enter(
-        slot_ptr, token_ptr, position_ptr, embed_ptr, cos_table_ptr, sin_table_ptr,
-        x_ptr, at_ptr, cos_ptr, sin_ptr, gain, idle,
-        H: tl.constexpr, F: tl.constexpr, BH: tl.constexpr, BF: tl.constexpr, TABLE: tl.constexpr,
+        slot_ptr, token_ptr, position_ptr, table_ptr, embed_ptr, cos_table_ptr, sin_table_ptr,
+        x_ptr, at_ptr, pages_ptr, cos_ptr, sin_ptr, table_stride, gain, idle,
+        H: tl.constexpr, F: tl.constexpr, P: tl.constexpr, BH: tl.constexpr, BF: tl.constexpr, BP: tl.constexpr,
+        TABLE: tl.constexpr,
     ):  # fmt: skip
         """A row a program: its token's embedding times gain, its position (which moves on in its slot; the idle slot
-        stays at 0), and with TABLE the position's angles."""
+        stays at 0), its pages, and with TABLE the position's angles."""
         row = tl.program_id(0)
         slot = tl.load(slot_ptr + row)
         token = tl.load(token_ptr + slot)
@@ -44,6 +45,9 @@ if AVAILABLE:
         x = tl.load(embed_ptr + token * H + c, mask=c < H, other=0.0).to(tl.float32) * gain
         tl.store(x_ptr + row * H + c, x.to(x_ptr.dtype.element_ty), mask=c < H)
         tl.store(at_ptr + row, position)
+        p = tl.arange(0, BP)
+        page = tl.load(table_ptr + slot * table_stride + p, mask=p < P, other=0)
+        tl.store(pages_ptr + row * P + p, page, mask=p < P)
         if TABLE:
             f = tl.arange(0, BF)
             tl.store(cos_ptr + row * F + f, tl.load(cos_table_ptr + position * F + f, mask=f < F), mask=f < F)
@@ -106,13 +110,17 @@ if AVAILABLE:
         _finish(tl.sum(acc, 1), y_up, total, y_ptr, n, outputs, eps, gain, X, NORM, ADD, SILU)
 
     @triton.jit
-    def _products(byte, scale, even, odd, minus):
-        """scale · Σ (q - 8) x / 16 of two numbers a byte: with q in the mantissa's highest bits a float is 1 + q / 16,
-        at the price of a shift and a bit operation; minus = -1.5 · Σ x takes away what is too much."""
-        wide = byte.to(tl.int32)
-        low = ((wide << 19) & 0x780000 | 0x3F800000).to(tl.float32, bitcast=True)
-        high = ((wide << 15) & 0x780000 | 0x3F800000).to(tl.float32, bitcast=True)
-        return (low * even + (high * odd + minus)) * scale.to(tl.float32)[:, None]
+    def _products(word, x, minus, one):
+        """Σ (q - 8) x / 16 of a word's eight numbers: with q in a float's mantissa, at its top or behind it, the float
+        is 1 + q / 16 or 1 + q / 256, at the price of half a shift and one bit operation a number. x: of the eight, the
+        even ones times 16; minus: -1.5 · Σ odd x - 16.5 · Σ even x takes away what is too much. one: the bits of 1.0, a
+        variable: of two constants an instruction takes one."""
+        total = minus
+        for pair in tl.static_range(4):
+            at = word << (15 - 8 * pair) if pair < 2 else word >> (8 * pair - 15)
+            total += (at & 0x78000 | one).to(tl.float32, bitcast=True) * x[2 * pair]
+            total += (at & 0x780000 | one).to(tl.float32, bitcast=True) * x[2 * pair + 1]
+        return total
 
     @triton.jit
     def _two(pair, kind: tl.constexpr):
@@ -127,50 +135,54 @@ if AVAILABLE:
 
     @triton.jit
     def _gemv4(
-        x_ptr, norm_ptr, w_ptr, s_ptr, y_ptr, outputs, eps, gain,
+        x_ptr, norm_ptr, w_ptr, s_ptr, y_ptr, outputs, eps, gain, one,
         X: tl.constexpr, GROUP: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, SILU: tl.constexpr,
-        BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+        BN: tl.constexpr, BW: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        """As `_gemv`, of four-bit weights: w uint8 [O, X / 2], s [O, X / GROUP]; X is a multiple of GROUP. x and the
-        norm come as whole numbers that hold a pair each, so that a byte's thread has its pair."""
-        HALF: tl.constexpr = GROUP // 2
+        """As `_gemv`, of four-bit weights: w int32 [O, X / 8], s [O, X / GROUP]; X is a multiple of GROUP. BW: a word a
+        thread, so that what a thread makes of its eight x serves all rows. x and the norm come as whole numbers that
+        hold a pair each."""
+        WORDS: tl.constexpr = X // 8
         ROWS: tl.constexpr = 2 * BN if SILU else BN
-        CHUNKS: tl.constexpr = (X + BK - 1) // BK
-        group = tl.arange(0, BK // GROUP)
-        g = group[:, None]
-        at = g * HALF + tl.arange(0, HALF)[None, :]
+        CHUNKS: tl.constexpr = (WORDS + BW - 1) // BW
+        t = tl.arange(0, BW)
         held = ()
         scales = ()
         for r in tl.static_range(ROWS):
             # the second half of the rows are up's
             row = tl.minimum(tl.program_id(0) * BN + r % BN, outputs - 1).to(tl.int64) + r // BN * outputs
             for c in tl.static_range(CHUNKS):
-                ok = c * BK + g * GROUP < X
-                held += (tl.load(w_ptr + row * (X // 2) + c * (BK // 2) + at, mask=ok, other=0),)
-                s_ptrs = s_ptr + row * (X // GROUP) + c * (BK // GROUP) + group
-                scales += (tl.load(s_ptrs, mask=c * BK + group * GROUP < X, other=0.0),)
+                there = c * BW + t < WORDS
+                held += (tl.load(w_ptr + row * WORDS + c * BW + t, mask=there, other=0),)
+                s_ptrs = s_ptr + row * (X // GROUP) + (c * BW + t) // (GROUP // 8)
+                scales += (tl.load(s_ptrs, mask=there, other=0.0),)
         _after_predecessor(PDL)
         sums = ()
         for _ in tl.static_range(ROWS):
-            sums += (tl.zeros((BK // GROUP, HALF), tl.float32),)
-        squares = tl.zeros((BK // GROUP, HALF), tl.float32)
+            sums += (tl.zeros((BW,), tl.float32),)
+        squares = tl.zeros((BW,), tl.float32)
         kind: tl.constexpr = y_ptr.dtype.element_ty
         for c in tl.static_range(CHUNKS):
-            ok = c * BK + g * GROUP < X
-            even, odd = _two(tl.load(x_ptr + c * (BK // 2) + at, mask=ok, other=0), kind)
-            if NORM:
-                squares += even * even + odd * odd
-                even_norm, odd_norm = _two(tl.load(norm_ptr + c * (BK // 2) + at, mask=ok, other=0), kind)
-                even, odd = even * even_norm, odd * odd_norm
-            minus = (even + odd) * -1.5
+            x = ()
+            minus = tl.zeros((BW,), tl.float32)
+            for pair in tl.static_range(4):
+                at = (c * BW + t) * 4 + pair
+                even, odd = _two(tl.load(x_ptr + at, mask=at < X // 2, other=0), kind)
+                if NORM:
+                    squares += even * even + odd * odd
+                    even_norm, odd_norm = _two(tl.load(norm_ptr + at, mask=at < X // 2, other=0), kind)
+                    even, odd = even * even_norm, odd * odd_norm
+                minus += even * -16.5 + odd * -1.5
+                x += (even * 16.0, odd)
             more = ()
             for r in tl.static_range(ROWS):
-                more += (sums[r] + _products(held[r * CHUNKS + c], scales[r * CHUNKS + c], even, odd, minus),)
+                product = _products(held[r * CHUNKS + c], x, minus, one)
+                more += (sums[r] + product * scales[r * CHUNKS + c].to(tl.float32),)
             sums = more
-        total = tl.sum(tl.sum(squares, 1), 0) if NORM else 0.0
+        total = tl.sum(squares, 0) if NORM else 0.0
         for r in tl.static_range(BN):
-            y = tl.sum(tl.sum(sums[r], 1), 0) * 16.0
-            y_up = tl.sum(tl.sum(sums[r + BN], 1), 0) * 16.0 if SILU else 0.0
+            y = tl.sum(sums[r], 0) * 16.0
+            y_up = tl.sum(sums[r + BN], 0) * 16.0 if SILU else 0.0
             n = tl.program_id(0) * BN + r
             _finish(y, y_up, total, y_ptr, n, outputs, eps, gain, X, NORM, ADD, SILU)
 
@@ -208,31 +220,6 @@ if AVAILABLE:
         kind = out_ptr.dtype.element_ty
         out = tl.reshape(tl.join(low.to(kind), high.to(kind)), (BG, GROUP))
         tl.store(out_ptr + group[:, None] * GROUP + tl.arange(0, GROUP)[None, :], out, mask=ok)
-
-    @triton.jit
-    def _gemm4(
-        x_ptr, w_ptr, s_ptr, y_ptr, rows, outputs,
-        X: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
-    ):  # fmt: skip
-        """y [B, O] = x [B, X] · wᵀ of four-bit weights for B <= BM rows. -8 to 7 are exact in half precision, so the
-        matrix units multiply them as they are, and a group's scale is put to its sums."""
-        HALF: tl.constexpr = GROUP // 2
-        m = tl.arange(0, BM)
-        n = tl.program_id(0) * BN + tl.arange(0, BN)
-        row = tl.minimum(n, outputs - 1).to(tl.int64)
-        k = tl.arange(0, GROUP)
-        w_ptrs = w_ptr + row[:, None] * (X // 2) + tl.arange(0, HALF)[None, :]
-        x_ptrs = x_ptr + m[:, None] * X + k[None, :]
-        acc = tl.zeros((BM, BN), tl.float32)
-        _after_predecessor(PDL)
-        for group in range(0, X // GROUP):
-            byte = tl.load(w_ptrs + group * HALF).to(tl.int32)
-            x = tl.load(x_ptrs + group * GROUP, mask=(m < rows)[:, None], other=0.0)
-            scale = tl.load(s_ptr + row * (X // GROUP) + group).to(tl.float32)
-            q = tl.reshape(tl.join((byte & 15) - 8, (byte >> 4) - 8), (BN, GROUP)).to(x.dtype)
-            acc += tl.dot(x, tl.trans(q), input_precision="ieee") * scale[None, :]
-        there = (m < rows)[:, None] & (n < outputs)[None, :]
-        tl.store(y_ptr + m[:, None] * outputs + n[None, :], acc.to(y_ptr.dtype.element_ty), mask=there)
 
     @triton.jit
     def _best_of_part(logits_ptr, best_ptr, id_ptr, stride, V: tl.constexpr, BV: tl.constexpr):

@@ -50,11 +50,11 @@ def strip_width(rows_of_a: int) -> int:
     return max(STRIP, next_power_of_2(rows_of_a)) if rows_of_a else 0
 
 
-def why_not(decoder: Decoder) -> str:
-    """Why these layers can't be fused; "" where they can."""
+def why_not(decoder: Decoder, adapters: bool = True) -> str:
+    """Why these layers can't be fused; "" where they can. adapters: whether they are what learns."""
     if reason := kernels.why_not(decoder.device):
         return reason
-    if decoder.lora_config is None:
+    if adapters and decoder.lora_config is None:
         return "no adapter learns"
     if decoder.config.head_dim not in (16, 32, 64, 128, 256):
         return f"heads of {decoder.config.head_dim} are no power of two"

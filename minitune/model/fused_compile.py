@@ -1,4 +1,4 @@
-"""The kernels of a fused run compiled while its data and weights are still on their way.
+"""The kernels of layers by hand compiled while its data and weights are still on their way.
 
 Three layers of the run's shape pass forward and backward on `meta`, where tensors have no memory, and every launch only
 has its kernel compiled. What was guessed wrong is compiled when it is first launched, as everything was before.
@@ -10,8 +10,9 @@ from concurrent.futures import Executor
 from dataclasses import replace
 
 import torch
+from torch import Tensor, nn
 
-from minitune.model import kernels
+from minitune.model import full, kernels
 from minitune.model.attention import PackedLayout
 from minitune.model.attention_kernels import LONGEST
 from minitune.model.decoder import Decoder, DecoderConfig
@@ -47,3 +48,33 @@ def launch_all(shape: DecoderConfig, dtype: torch.dtype, lora: LoraConfig, docum
         x, y, kept = stack.layer_forward(i, x, y, ctx)
         stack.layer_backward(i, torch.empty_like(x), kept, ctx)
     kernels.cross_entropy_(logits, targets, shape.vocab_size, grad=True)
+
+
+class Nowhere:
+    """`model.full.Sink` on `meta`."""
+
+    def __init__(self, buffered: bool):
+        self.buffered = buffered
+        self.matrices: list[nn.Parameter] = []
+
+    def place(self, index: int) -> tuple[Tensor, float]:
+        return torch.empty_like(self.matrices[index].data), 0.0
+
+    def ready(self, index: int) -> None:
+        pass
+
+
+def launch_full(shape: DecoderConfig, dtype: torch.dtype, documents: int) -> None:
+    """As `launch_all`, where every parameter learns."""
+    with torch.device("meta"):
+        decoder = Decoder(replace(shape, num_hidden_layers=3)).to(dtype)
+        decoder.padding = -shape.vocab_size % 64
+        owner = decoder.embed if decoder.lm_head is None else decoder.lm_head
+        padded = torch.empty(shape.vocab_size + decoder.padding, shape.hidden_size, dtype=dtype)
+        owner.weight = nn.Parameter(padded[: shape.vocab_size])
+        ids, positions = torch.empty(TOKENS, dtype=torch.int64), torch.empty(64, dtype=torch.int64)
+        layout = PackedLayout(torch.empty(documents + 1, dtype=torch.int32), LONGEST, (), "short")
+        stack, sink, share = full.FullStack(decoder, 1), Nowhere(False), torch.empty(())
+        sink.matrices = stack.matrices
+        _, tape = stack.learn(ids, ids, layout, positions, positions, share, sink, 64)
+        stack.backward(tape, sink)

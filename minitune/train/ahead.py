@@ -98,8 +98,11 @@ class Loading:
             from minitune.train import fast
             from minitune.train.prepare import lora_of, training_dtype
 
-            if self.config.method != "full":
-                lora, kind = lora_of(self.config), training_dtype(self.config, self.device)
+            kind = training_dtype(self.config, self.device)
+            if self.config.method == "full":
+                fast.compile_full_early(self.config, empty, kind, self.device, self._compilers)
+            else:
+                lora = lora_of(self.config)
                 fast.compile_early(self.config, empty, kind, lora, self.device, self._compilers)
         self._compiled.set()
 

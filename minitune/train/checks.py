@@ -64,10 +64,10 @@ def check_settings(config: TrainConfig) -> None:
     for name in ("early_stopping_patience", "load_best_model_at_end"):
         if getattr(config, name) and not (config.eval_data or config.eval_fraction or config.eval_rows):
             raise UserError(f"{name} needs held-out rows; add --eval_fraction 0.05, or --eval_data FILE")
+    check_optimizer(config)
     check_trackers(config.track)
     stage = zero_config.stage_of(zero_config.read(config)) if config.deepspeed else 0
-    several = os.environ.get("WORLD_SIZE", "1") != "1"
-    if config.watch and (stage == 3 or (several and config.method == "full" and not stage)):
+    if config.watch and (stage == 3 or (several() and config.method == "full" and not stage)):
         raise UserError("watch: no process holds all weights (FSDP2, ZeRO 3); leave --watch out")
     for name in ("data", "eval_data"):  # before a download of gigabytes
         for path in files_of(getattr(config, name)):
@@ -75,6 +75,23 @@ def check_settings(config: TrainConfig) -> None:
                 raise UserError(f"{path}: no such file")
     if config.watch:
         read_prompts(Path(config.watch))
+
+
+def several() -> bool:
+    """Whether a launcher has started several processes."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def check_optimizer(config: TrainConfig) -> None:
+    """UserError for an optimizer that does not go with the rest."""
+    if config.optim in ("auto", "adamw"):
+        return
+    if config.method != "full":
+        raise UserError(f"optim {config.optim} is for --method full; an adapter's moments are small: leave it out")
+    if config.deepspeed or several():
+        raise UserError(f"optim {config.optim} is for one process on one card; leave it out, or use --optim adamw")
+    if config.dtype == "float16":
+        raise UserError(f"optim {config.optim} rounds into bfloat16 weights; use --dtype bfloat16, or --optim adamw")
 
 
 def check_output(output: Path, config: TrainConfig) -> Path | None:

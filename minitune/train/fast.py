@@ -1,7 +1,8 @@
-"""The fast step of a card: layers by hand (`model.fused`), the step captured (`train.graph`), batches made ahead.
+"""The fast step of a card: layers by hand (`model.fused`, `model.full`), the step captured (`train.graph`), batches
+made ahead.
 
-Where the layers stay plain (cards before Ampere, 4-bit weights, every parameter), the step is captured all the same. On
-the CPU nothing of this happens.
+Where the layers stay plain (cards before Ampere, 4-bit weights), the step is captured all the same. On the CPU nothing
+of this happens.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from minitune.config import TrainConfig
 from minitune.data.loader import Loader, StepBatch
-from minitune.model import fused
+from minitune.model import full, fused
 from minitune.model.attention import choose_kernel
 from minitune.model.decoder import Decoder, DecoderConfig
 from minitune.model.fused_ops import Slot
@@ -31,14 +32,13 @@ Place = tuple[int, int]  # (epoch, step in it)
 
 
 def why_plain(decoder: Decoder) -> str:
-    """Why this decoder, its adapters attached, runs plain layers; "" where `model.fused` takes their place."""
+    """Why this decoder, its adapters attached, runs plain layers; "" where `model.fused` takes their place, or, without
+    adapters, `model.full`."""
     if reason := why_not_on(decoder.device):
         return reason
-    if decoder.lora_config is None:
-        return "every parameter learns"
     if any(isinstance(linear, Int4Linear) for linear in decoder.linears()):
         return "the weights have 4 bits"
-    return fused.why_not(decoder)
+    return full.why_not(decoder) if decoder.lora_config is None else fused.why_not(decoder)
 
 
 def why_not_on(device: torch.device) -> str:
@@ -84,6 +84,21 @@ def compile_early(
         compile_kernels(empty.config, dtype, lora, documents, config.gradient_checkpointing != "true", pool)
 
 
+def compile_full_early(
+    config: TrainConfig, empty: Decoder, dtype: torch.dtype, device: torch.device, pool: Executor
+) -> None:
+    """The same where every parameter learns."""
+    if why_not_on(device) or full.why_not(empty):
+        return
+    from minitune.model.fused_compile import launch_full
+    from minitune.train import adamw8
+
+    with torch.cuda.device(device), fused.kernels.compiling(pool), torch.no_grad():
+        launch_full(empty.config, dtype, config.rows_per_step + 1)
+        if config.optim != "adamw":
+            adamw8.launch_all(dtype)
+
+
 def head_share(shape: DecoderConfig) -> float:
     """A position's multiplications in the head, a token's in the layers being 1."""
     queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
@@ -117,15 +132,16 @@ def quicken(
     """(the step, captured where it can be; a line that says so). The run is where it begins: what a checkpoint holds
     has been read. All of the run's steps count, also those already done, so that a resumed run computes the same."""
     decoder, reason = step.decoder, ""
-    if decoder.stack is None:
-        reason = why_plain(decoder)
+    if not step.by_hand:
+        reason = why_plain(decoder) or "asked for"
     if decoder.device.type != "cuda":
         return step, f"plain step: {reason}"
     plan = one_pack_steps(loader, per_epoch, total)
     several = total - len(plan)
     if not len(plan):
         return step, "plain step: every step is several packs; raise --tokens_per_pack to have it captured"
-    if several and decoder.lora_config is None:  # a plain step's gradients would lie beside the graph's
+    # by hand the gradients have their places; else a plain step's would lie beside the graph's
+    if several and decoder.lora_config is None and not step.by_hand:
         what = f"every parameter learns, and {several:,} steps are several packs, which would take the memory twice"
         return step, f"plain step: {what}; raise --tokens_per_pack to have it captured"
     sizes = [(t, d, s) for t, d, s in plan[:, 2:].tolist()]

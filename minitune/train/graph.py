@@ -82,18 +82,9 @@ class Contract(contract.Contract):
                     places.append((f"{name}.{key}", partial(module._parameters.get, key)))
             for key in module._buffers:
                 places.append((f"{name}.{key}", partial(module._buffers.get, key)))
-        moments = step.optimizer.inner
         for i, parameter in enumerate(step.optimizer.parameters):
             places.append((f"gradient {i}", partial(getattr, parameter, "grad")))
-        for i, master in enumerate(step.optimizer.masters):
-            places.append((f"master {i}", partial(step.optimizer.masters.__getitem__, i)))
-            for key, value in moments.state.get(master, {}).items():
-                if isinstance(value, Tensor):
-                    places.append((f"moments {i} {key}", lambda m=master, k=key: moments.state[m][k]))  # type: ignore[misc]
-        places += [
-            ("step_index", partial(getattr, step, "step_index")),
-            ("rate", partial(getattr, step.optimizer, "rate")),
-        ]
+        places += [*step.optimizer.places(), ("step_index", partial(getattr, step, "step_index"))]
         if step.loss_scale is not None:
             places += [(f"loss scale's {key}", partial(getattr, step.loss_scale, key)) for key in ("scale", "good")]
         return Contract(places)

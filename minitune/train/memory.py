@@ -5,8 +5,10 @@ Legend: T tokens, H hidden, F FFN width, N heads, K key/value heads, D head widt
 
 from __future__ import annotations
 
-from minitune.model import kernels
-from minitune.model.attention import Kernel
+from typing import NamedTuple
+
+from minitune.model import full, kernels
+from minitune.model.attention import Kernel, choose_kernel
 from minitune.model.decoder import Decoder, Linear
 from minitune.model.fused import strip_width
 from minitune.model.fused_ops import Slot
@@ -28,6 +30,9 @@ def layer_bytes(decoder: Decoder, index: int, kernel: Kernel, by_hand: bool) -> 
     statistics = 4 * N  # float32 log-sum-exp
     if by_hand:
         strips = [strip_width(lora.A.shape[0]) if lora is not None else 0 for lora in loras]
+        if decoder.lora_config is None:  # `model.full` computes norms again
+            kept = 2 * H + qkv + out + 2 * F + (0 if kernel == "short" else rotated + out)
+            return kept * size + statistics
         kept = 2 * H + (H + strips[0]) + qkv + (out + strips[1]) + 2 * F  # x1, x2, norm, attention, gate | up
         kept += H + strips[2] if strips[2] else 0  # the second norm's result
         kept += 0 if kernel == "short" else rotated + out  # autograd has a result of its own
@@ -67,3 +72,38 @@ def beyond_weights(decoder: Decoder, tokens: int, kernel: Kernel, by_hand: bool,
             half = parameter.element_size() < 4
             learning += parameter.numel() * (parameter.element_size() + 8 + (8 if half else 0))
     return tokens * (kept + working) + logits + mask + learning + OVERHEAD
+
+
+class Load(NamedTuple):
+    """The largest pack of a run: its tokens, supervised positions, longest document."""
+
+    tokens: int
+    positions: int
+    longest: int
+
+
+def beyond_weights_full(decoder: Decoder, load: Load, optim: str, whole: int) -> int:
+    """The same where every parameter learns by `optim` and so many layers keep their activations."""
+    config, size = decoder.config, decoder.dtype.itemsize
+    H, F = config.hidden_size, config.intermediate_size
+    count = sum(p.numel() for p in decoder.parameters())
+    by_hand = not full.why_not(decoder) and decoder.device.type == "cuda"
+    kernel = choose_kernel(decoder.device, decoder.dtype, config.head_dim, load.longest)
+    layer = layer_bytes(decoder, 0, kernel, by_hand)
+    layers = len(decoder.layers)
+    kept = whole * layer + (layers - whole) * H * size
+    working = (2 * F + 4 * H) * size + (layer if whole < layers else 0)
+    head = (config.vocab_size + decoder.padding) * size
+    learning = count * 2 + count // 32  # codes and scales
+    if optim == "adamw":
+        learning = count * (size + 8 + (8 if size < 4 else 0))
+    elif optim == "adamw_8bit":
+        learning += count * size
+    chunk = min(load.positions, 512 if whole < layers else chunk_of(decoder)) * head
+    if optim != "adamw_8bit_in_backward":
+        return load.tokens * (kept + working) + chunk + learning + OVERHEAD
+    # two gradients are at hand; the smaller of the logits' and the head's is kept (the latter comes late, or at once)
+    learning += 2 * size * max(linear.weight.numel() for linear in decoder.linears())
+    if load.positions > H:
+        return load.tokens * (kept + working) + head * H + chunk + learning + OVERHEAD
+    return max(load.tokens * (kept + working), head * H) + load.positions * head + learning + OVERHEAD

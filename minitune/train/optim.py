@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,6 +92,16 @@ class AdamW:
                 parameter.grad.zero_()
             else:
                 parameter.grad = None
+
+    def places(self) -> list[tuple[str, Callable[[], Any]]]:
+        """What a captured step reads and writes beside the parameters, each by its name and how it is found."""
+        places: list[tuple[str, Callable[[], Any]]] = [("rate", partial(getattr, self, "rate"))]
+        for i, master in enumerate(self.masters):
+            places.append((f"master {i}", partial(self.masters.__getitem__, i)))
+            for key, value in self.inner.state.get(master, {}).items():
+                if isinstance(value, Tensor):
+                    places.append((f"moments {i} {key}", lambda m=master, k=key: self.inner.state[m][k]))  # type: ignore[misc]
+        return places
 
     def state_dict(self) -> dict[str, Any]:
         masters = [m.detach() for m, p in zip(self.masters, self.parameters, strict=True) if m is not p]

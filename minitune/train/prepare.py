@@ -26,8 +26,10 @@ from minitune.model.attention import choose_kernel
 from minitune.model.decoder import Decoder
 from minitune.model.fused import FusedStack
 from minitune.model.lora import LoraConfig, attach
-from minitune.train import ahead, fast, memory
+from minitune.train import ahead, fast, full, memory
+from minitune.train.full_step import FullStep
 from minitune.train.optim import AdamW, LossScale
+from minitune.train.optim8 import AdamW8
 from minitune.train.parallel import ALONE, Replicas, Team
 from minitune.train.sharded import Sharded
 from minitune.train.step import Sharing, TrainStep, recompute_layers
@@ -108,7 +110,7 @@ def training_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
 
 def build(
     config: TrainConfig, ready: Prepared, decoder: Decoder, team: Team = ALONE
-) -> tuple[Decoder, AdamW, TrainStep]:
+) -> tuple[Decoder, AdamW | AdamW8, TrainStep]:
     """The decoder of the base weights with what learns, its optimizer, and the step."""
     decoder.train()
     highest = max(ready.learn.highest, ready.held_out.highest)
@@ -119,20 +121,26 @@ def build(
     return (decoder, *equip(config, decoder, ready.learn, team))
 
 
-def equip(config: TrainConfig, decoder: Decoder, rows: EncodedRows, team: Team = ALONE) -> tuple[AdamW, TrainStep]:
+def equip(
+    config: TrainConfig, decoder: Decoder, rows: EncodedRows, team: Team = ALONE
+) -> tuple[AdamW | AdamW8, TrainStep]:
     """What the decoder learns with: adapters where they are asked for, layers by hand where they serve, optimizer and
     step."""
-    if config.method == "full":
-        parameters = list(decoder.requires_grad_(True).parameters())
-    else:
-        try:
-            parameters = attach(decoder, lora_of(config), config.seed)
-        except ValueError as error:
-            raise UserError(str(error)) from None
+    every = config.method == "full"
+    if every and team.size == 1 and not config.deepspeed:
+        whole = full.choose(config, decoder, full.load_of(config, rows))[1]
+        fast.settle_memory(sparing=whole < len(decoder.layers))
+        return full.equip(config, decoder, whole)
+    try:
+        parameters = attach(decoder, lora_of(config), config.seed) if not every else []
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if every:
+        decoder.requires_grad_(True)
     matrices: list[torch.Size] = []
     recompute = wants_recompute(config, decoder, rows)
     fast.settle_memory(sparing=recompute)
-    if not fast.why_plain(decoder) and not config.deepspeed:
+    if not every and not config.deepspeed and not fast.why_plain(decoder):
         matrices = [p.shape for p in parameters]
         decoder.stack = FusedStack(decoder, keep=not recompute)
         parameters = [decoder.stack.flat]
@@ -147,7 +155,7 @@ def equip(config: TrainConfig, decoder: Decoder, rows: EncodedRows, team: Team =
     step = TrainStep(
         decoder,
         optimizer,
-        dropout=config.lora_dropout if config.method == "lora" else 0.0,
+        dropout=0.0 if every else config.lora_dropout,
         seed=config.seed,
         max_grad_norm=config.max_grad_norm,
         loss_scale=LossScale(decoder.device) if decoder.dtype == torch.float16 else None,
@@ -198,7 +206,8 @@ def make_loader(
     config: TrainConfig, rows: Sequence[Encoded], device: torch.device, shuffle: bool = True, team: Team = ALONE
 ) -> Loader:
     # Small packs keep the CPU's caches and memory; a card wants long ones.
-    pack = config.tokens_per_pack if device.type != "cpu" else min(config.tokens_per_pack, 1024)
+    whole = device.type != "cpu" or config.optim == "adamw_8bit_in_backward"
+    pack = config.tokens_per_pack if whole else min(config.tokens_per_pack, 1024)
     return Loader(
         rows,
         rows_per_step=config.rows_per_step,
@@ -225,11 +234,13 @@ def count_steps(config: TrainConfig, loader: Loader) -> tuple[int, list[int]]:
     return sum(per_epoch[:-1]) + last, per_epoch
 
 
-def describe(config: TrainConfig, decoder: Decoder, optimizer: AdamW, total: int, loader: Loader) -> list[str]:
+def describe(config: TrainConfig, decoder: Decoder, step: TrainStep, total: int, loader: Loader) -> list[str]:
     """What is going to happen, a line each."""
     every = sum(getattr(p, "ds_numel", p.numel()) for p in decoder.parameters())  # of DeepSpeed's slices too
-    learn = sum(getattr(p, "ds_numel", p.numel()) for p in optimizer.parameters) if config.method == "lora" else every
-    every -= learn if config.method == "lora" else 0
+    learn = every
+    if config.method == "lora":
+        learn = sum(getattr(p, "ds_numel", p.numel()) for p in step.optimizer.parameters)
+        every -= learn
     kernel = choose_kernel(decoder.device, decoder.dtype, decoder.config.head_dim, loader.rows.longest)
     size = f"{config.tokens_per_step} tokens" if config.tokens_per_step else f"{config.rows_per_step} rows"
     kind = str(decoder.dtype).removeprefix("torch.")
@@ -240,6 +251,8 @@ def describe(config: TrainConfig, decoder: Decoder, optimizer: AdamW, total: int
     if loader.ranks > 1 and not config.deepspeed:
         how = "every parameter sharded (FSDP2)" if config.method == "full" else "adapters' gradients added up"
         lines.append(f"{loader.ranks} processes, {how}; a step's rows are dealt to them; plain steps, not captured")
+    if isinstance(step, FullStep):
+        lines.append(full.said(config, step))
     if config.method == "lora" and decoder.config.family == "MiniCPMForCausalLM":
         lines.append(
             "note: stock transformers 5 can't open a MiniCPM base; `minitune export --format hf` writes one it opens"

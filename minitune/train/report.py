@@ -211,6 +211,11 @@ def _finite(value: float) -> float | None:
     return value if value == value and abs(value) != float("inf") else None
 
 
+def device_name(device: torch.device) -> str:
+    """The card's name, or cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """On a card the allocator's reserved peak; on the CPU the process's resident peak."""
     if device.type == "cuda":

@@ -19,15 +19,16 @@ from minitune.checkpoint.folder import copy_tokenizer, moved_into, save_hub_fold
 from minitune.config import TrainConfig, UserError, to_yaml
 from minitune.data.loader import Loader, StepBatch
 from minitune.model.decoder import Decoder
-from minitune.train import fast, parallel, zero_config
+from minitune.train import fast, full, parallel, zero_config
 from minitune.train.ahead import Loading
 from minitune.train.checks import check_output, check_settings
 from minitune.train.clock import Clock, process_seconds
 from minitune.train.graph import CapturedStep
 from minitune.train.optim import AdamW, learning_rate_at
+from minitune.train.optim8 import AdamW8
 from minitune.train.parallel import ALONE, Team
 from minitune.train.prepare import Prepared, build, count_steps, describe, make_loader, prepare, resolved
-from minitune.train.report import Report, Silent, peak_memory_gib
+from minitune.train.report import Report, Silent, device_name, peak_memory_gib
 from minitune.train.sharded import Alone, Sharded, sharded_of
 from minitune.train.state import check_same, identity
 from minitune.train.step import TrainStep, held_out_loss
@@ -66,14 +67,18 @@ def train(config: TrainConfig, quiet: bool = False, answer: Answer | None = None
             memory.longest = ready.learn.longest
             config = resolved(config, ready, device)
             clock.begin("model")
-            decoder, optimizer, step = build(config, ready, loading.result(), team)
+            loaded = loading.result()
+            if config.method == "full":
+                optim = full.optim_of(config, loaded, ready.learn, alone=team.size == 1 and not config.deepspeed)
+                memory.config = config = dataclasses.replace(config, optim=optim)
+            decoder, optimizer, step = build(config, ready, loaded, team)
             watch = Watch(config, ready.template, ready.tokenizer, decoder.config.max_position_embeddings, answer)
             loader = make_loader(config, ready.learn, device, team=team)
             total, per_epoch = count_steps(config, loader)
+            full.check_packs(config, loader, per_epoch, total)
             title = f"{config.model} · {config.method} → {config.output}"
             about = About(total, config.num_train_epochs, title, bool(len(ready.held_out)), watch.prompts)
-            kind = Report if team.first else Silent
-            view = choose(about, quiet or not team.first)
+            kind, view = (Report, choose(about, quiet)) if team.first else (Silent, choose(about, True))
             report = kind(output, total, config.logging_steps, device, view, step.loss_scale is not None)
             team.closing(report.view.close)
             run = Run(config, ready, decoder, optimizer, step, loader, report, watch, total, per_epoch, clock, program)
@@ -82,9 +87,9 @@ def train(config: TrainConfig, quiet: bool = False, answer: Answer | None = None
                 if config.resume:
                     run.restore(checkpoint)
                 lines = [*ready.lines, *lines, *getattr(run.sharded, "lines", ())]
-                for line in [*lines, *describe(config, decoder, optimizer, total, loader)]:
+                for line in [*lines, *describe(config, decoder, step, total, loader)]:
                     report.say(line)
-                if device.type == "cuda" and run.done < total and team.size == 1:
+                if device.type == "cuda" and run.done < total and team.size == 1 and not run.sharded:
                     clock.begin("capture")
                     loading.compiled()
                     run.step, line = fast.quicken(step, loader, per_epoch, total)
@@ -108,7 +113,7 @@ class Run:
     config: TrainConfig
     ready: Prepared
     decoder: Decoder
-    optimizer: AdamW
+    optimizer: AdamW | AdamW8
     step: TrainStep | CapturedStep
     loader: Loader
     report: Report
@@ -147,8 +152,8 @@ class Run:
         self.report.flush()
         if self.done < self.total and not self.best.stop:
             self.save()
-            line = f"stopped at step {self.done}; {go_on(self.config, self.program)}"
-            raise self.team.for_all(Stopped(line))
+            how = go_on(self.config, self.program)
+            raise self.team.for_all(Stopped(f"stopped at step {self.done}; {how}"))
 
     def one(self, batch: StepBatch, epoch: float) -> None:
         """One step and what is due after it. A checkpoint comes last: a resumed run repeats nothing of its step."""
@@ -329,12 +334,7 @@ class Run:
             "peak_memory_gib": round(peak_memory_gib(self.decoder.device), 3),
             "method": self.config.method,
             "dtype": str(self.decoder.dtype).removeprefix("torch."),
-            "device": self.device_name,
+            "device": device_name(self.decoder.device),
         }
         write_text(output / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False))
         return summary
-
-    @property
-    def device_name(self) -> str:
-        device = self.decoder.device
-        return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

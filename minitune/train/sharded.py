@@ -19,6 +19,7 @@ from minitune.checkpoint.weights import hub_places
 from minitune.config import UserError
 from minitune.model.decoder import Decoder
 from minitune.train.optim import AdamW
+from minitune.train.optim8 import AdamW8
 from minitune.train.parallel import Team
 
 MOMENTS = "optimizer"  # the folder in a checkpoint, in the form of torch.distributed.checkpoint
@@ -94,13 +95,13 @@ class Sharded:
                         part.copy_(files.get(name, part.shape))
                 mine[id(tensor)].copy_(self.own(full))
 
-    def save(self, folder: Path, optimizer: AdamW) -> None:
+    def save(self, folder: Path, optimizer: AdamW | AdamW8) -> None:
         """Masters and moments; every process writes its own, into a file system that all share."""
         import torch.distributed.checkpoint as dcp
 
         dcp.save(self._as_whole(moments(optimizer, self.names)), checkpoint_id=folder / MOMENTS)
 
-    def load(self, folder: Path, state: dict[str, Any] | None, optimizer: AdamW) -> None:
+    def load(self, folder: Path, state: dict[str, Any] | None, optimizer: AdamW | AdamW8) -> None:
         """The same again, of any number of processes; state: what a single process has saved instead."""
         import torch.distributed.checkpoint as dcp
 
@@ -132,8 +133,9 @@ class Sharded:
         return out
 
 
-def moments(optimizer: AdamW, names: Sequence[str]) -> dict[str, Tensor]:
+def moments(optimizer: AdamW | AdamW8, names: Sequence[str]) -> dict[str, Tensor]:
     """What the optimizer holds, by name; zeros where it has not stepped yet."""
+    assert isinstance(optimizer, AdamW), "8-bit moments are one process's"
     out: dict[str, Tensor] = {}
     for name, parameter, master in zip(names, optimizer.parameters, optimizer.masters, strict=True):
         state = optimizer.inner.state[master]
@@ -147,8 +149,9 @@ def moments(optimizer: AdamW, names: Sequence[str]) -> dict[str, Tensor]:
     return out
 
 
-def set_steps(optimizer: AdamW, step: Tensor) -> None:
+def set_steps(optimizer: AdamW | AdamW8, step: Tensor) -> None:
     """The count of updates, for every parameter."""
+    assert isinstance(optimizer, AdamW)
     for master in optimizer.masters:
         optimizer.inner.state[master]["step"].copy_(step)
 
@@ -159,7 +162,7 @@ class Alone:
     def __init__(self, decoder: Decoder):
         self.decoder = decoder
 
-    def load(self, folder: Path, state: dict[str, Any] | None, optimizer: AdamW) -> None:
+    def load(self, folder: Path, state: dict[str, Any] | None, optimizer: AdamW | AdamW8) -> None:
         """The optimizer's state; None: what several processes have saved in `folder`."""
         if state is not None:
             optimizer.load_state_dict(state)
@@ -170,6 +173,7 @@ class Alone:
         held = moments(optimizer, [name for name, _ in self.decoder.named_parameters()])
         dcp.load(dict(held), checkpoint_id=folder / MOMENTS, no_dist=True)
         set_steps(optimizer, held["step"])
+        assert isinstance(optimizer, AdamW)
         with torch.no_grad():
             for parameter, master in zip(optimizer.parameters, optimizer.masters, strict=True):
                 parameter.copy_(master)

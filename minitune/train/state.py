@@ -43,7 +43,7 @@ def check_same(folder: Path, state: dict[str, Any], config: TrainConfig, ready: 
     for name, value in now["settings"].items():
         before = was.get(name, getattr(TrainConfig, name, value))  # a setting that is younger than the checkpoint
         before = list(before) if isinstance(before, tuple) else before
-        if before == value or name in FREE | ROWS:
+        if before == value or name in FREE | ROWS or (name == "optim" and {before, value} == {"auto", "adamw"}):
             continue
         if (
             name in PRODUCT

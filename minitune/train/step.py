@@ -98,6 +98,11 @@ class TrainStep:
         self.step_index = torch.zeros((), dtype=torch.int64, device=decoder.device)
         self.chunk = chunk_of(decoder)
 
+    @property
+    def by_hand(self) -> bool:
+        """Whether the layers are written out, not autograd's."""
+        return self.decoder.stack is not None
+
     def __call__(self, batch: StepBatch, rate: float) -> StepResult:
         device = self.decoder.device
         self.optimizer.rate.fill_(rate)

@@ -15,6 +15,9 @@ from typing import Any
 from minitune.checkpoint import resume
 from minitune.config import TrainConfig, UserError
 
+# what needs less memory than an optimizer; `auto` has tried them
+SMALLER = {"adamw": "adamw_8bit", "adamw_8bit": "adamw_8bit_in_backward"}
+
 
 class Stopped(UserError):
     """The run ended itself; what was saved stays good."""
@@ -139,11 +142,13 @@ def mends(config: TrainConfig, longest: int, on_card: bool) -> tuple[list[str], 
         same.append("--gradient_checkpointing true (a third more time)")
     step = config.tokens_per_step or config.rows_per_step * longest
     pack = min(config.tokens_per_pack if on_card else min(config.tokens_per_pack, 1024), step)
-    if pack > longest > 0:
+    if pack > longest > 0 and config.optim != "adamw_8bit_in_backward":
         # A step's rows are packed; per_device_train_batch_size alone would change nothing.
         same.append(f"--tokens_per_pack {max(longest, pack // 2)} (a smaller micro-batch, accumulated)")
     if longest > 64:
         other.append(f"--max_length {longest // 2} (longer rows are cut)")
+    if config.method == "full" and (smaller := SMALLER.get(config.optim)):
+        other.append(f"--optim {smaller} (moments of 8 bits)")
     if config.method == "full":
         other.append("--method lora (an adapter instead of every parameter)")
     if config.dtype == "float32" and on_card:

@@ -26,6 +26,7 @@ from minitune.model.lora import Dropout
 from minitune.model.quantized import Int4Linear
 from minitune.train import zero_config
 from minitune.train.optim import AdamW
+from minitune.train.optim8 import AdamW8
 from minitune.train.parallel import Team
 from minitune.train.step import StepResult, TrainStep, chunk_of, pack_loss
 from minitune.train.stop import Stopped
@@ -114,7 +115,7 @@ class Zero:
         with self.gathered(change=True), torch.no_grad():
             resume.load_weights(folder, self.decoder)
 
-    def save(self, folder: Path, optimizer: AdamW) -> None:
+    def save(self, folder: Path, optimizer: AdamW | AdamW8) -> None:
         """Masters and moments, gathered one by one; rank 0 writes them."""
         stream = self._gathered_states()
         if self.team.first:
@@ -133,7 +134,7 @@ class Zero:
                 yield f"{kind}:{name}", safe_get_full_optimizer_state(parameter, kind)
         yield "step", torch.tensor(float(next(iter(self.states.values()))["step"]))
 
-    def load(self, folder: Path, state: dict[str, Any] | None, optimizer: AdamW) -> None:
+    def load(self, folder: Path, state: dict[str, Any] | None, optimizer: AdamW | AdamW8) -> None:
         """The same again, of any number of processes and any stage. UserError for another engine's checkpoint."""
         if state is not None or not any((folder / MOMENTS).glob("model*")):
             raise UserError(f"{folder}: was saved without DeepSpeed; go on without --deepspeed")

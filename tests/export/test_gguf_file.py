@@ -37,7 +37,7 @@ def fields(path: Path) -> dict[str, Any]:
 
 def test_metadata(tuned: tuple[Path, Path], tmp_path: Path) -> None:
     """llama.cpp's keys: shape, scalings by MiniCPM's formulas, vocabulary, special tokens, template, file type."""
-    export(*tuned, format="gguf", quant="q8_0", output=tmp_path / "x.gguf", quiet=True)
+    export(*tuned, format="gguf", quant="Q8_0", output=tmp_path / "x.gguf", quiet=True)
     said = fields(tmp_path / "x.gguf")
     wanted = {
         "general.architecture": "minicpm", "general.file_type": 7, "general.quantization_version": 2,
@@ -104,6 +104,18 @@ def test_rows_that_no_block_fits(tmp_path: Path, capsys: pytest.CaptureFixture) 
     export(base, format="gguf", quant="q4_0", output=tmp_path / "x.gguf")
     assert "23 tensors have rows that are no multiple of 32 weights: f16 there" in capsys.readouterr().err
     assert GgufFile(tmp_path / "x.gguf").kind("model.layers.0.mlp.down_proj.weight") == "F16"
+
+
+@pytest.mark.parametrize("format, output", [("hf", "out"), ("gguf", "out"), ("gguf", "x.gguf")])
+def test_every_file_that_is_named_is_there(
+    tuned: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture, format: Any, output: str
+) -> None:
+    """Each line on stdout begins with what was written; the one on other programs' ids names what they read."""
+    export(*tuned, format=format, output=tmp_path / output)
+    lines = capsys.readouterr().out.splitlines()
+    assert all(Path(line.split(": ")[0]).exists() for line in lines), lines
+    named = next(line.split(": ")[0] for line in lines if "other programs" in line)
+    assert named.endswith("chat_template.jinja" if format == "hf" else ".gguf")
 
 
 def test_a_folder_or_a_file(tuned: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -190,7 +202,7 @@ def test_nothing_half_written(
         export(*tuned, format="gguf", output=tmp_path / target, quiet=True)
     assert not list(tmp_path.iterdir())
     if fail == "disk":
-        assert "no space left" in str(caught.value) and "\n" not in str(caught.value)
+        assert str(caught.value).startswith(f"{tmp_path / target}: no space left") and "\n" not in str(caught.value)
 
 
 def test_a_disk_that_is_full(tuned: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

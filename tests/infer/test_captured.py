@@ -25,6 +25,7 @@ from minitune.infer import capacity, captured, slots
 from minitune.infer import engine as engine_module
 from minitune.infer.engine import Engine
 from minitune.infer.request import Request
+from minitune.infer.sampling import Bias
 from minitune.model import cache, decode, kernels
 from minitune.model.cache import DecodeLayout, PagedCache
 from minitune.model.decode import Columns
@@ -75,6 +76,7 @@ def twin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slots, "CAPTURED", ("cuda", "cpu"))
     monkeypatch.setattr(slots, "why_not", lambda decoder: "")
     monkeypatch.setattr(captured, "DecodeStep", PlainStep)
+    monkeypatch.setattr(slots, "Prefill", lambda *given: None)
     monkeypatch.setattr(decode, "LONG", 60)
 
 
@@ -117,6 +119,7 @@ def mixed(seed: int, number: int, **fixed: Any) -> list[Request]:
             "repetition_penalty": chance.choice((1, 1, 1.3)),
             "seed": chance.randrange(2**63),
             "logprobs": chance.choice((None, None, None, 2)),
+            "bias": chance.choice((None, None, None, Bias(0.5, 0.5, ((7, 1.0),)))),
         }
         ids = [chance.randrange(3, 512) for _ in range(chance.randrange(1, 70))]
         requests.append(ask(ids, chance.randrange(1, 16), **(kind | fixed)))

@@ -21,6 +21,7 @@ from minitune.infer import capacity, slots
 from minitune.infer import engine as engine_module
 from minitune.infer.engine import Engine, answer_all
 from minitune.infer.request import Request
+from minitune.infer.sampling import Bias
 from minitune.model import cache
 from minitune.model.cache import PAGE
 from minitune.model.decoder import Decoder
@@ -315,6 +316,27 @@ def test_the_penalty_knows_the_prompt_and_the_answer(engine: Engine, row: list[i
     assert answer(engine, *(ask(row[n:9], 9) for n in range(8))) == [
         greedy(engine.decoder, row[n:9], 9) for n in range(8)
     ]
+
+
+@pytest.mark.parametrize("bias", [Bias(presence=1.5), Bias(frequency=0.7), Bias(-0.5, 1.0, ((7, 100.0), (9, -100.0)))])
+def test_a_bias_is_added_to_the_scores(engine: Engine, row: list[int], bias: Bias) -> None:
+    """Greedy tokens are those of OpenAI's formula over scores without a cache, which counts the answer and not the
+    prompt; told log-probabilities stay the model's own, and a neighbour's answer its own."""
+    fixed, ids, said = dict(bias.tokens), list(row[:8]), []
+    raw: list[float] = []
+    for _ in range(24):
+        line = scores(engine.decoder, ids)[-1]
+        by_hand = [
+            score + fixed.get(token, 0) - bias.presence * (token in said) - bias.frequency * said.count(token)
+            for token, score in enumerate(line.tolist())
+        ]
+        said.append(max(range(len(by_hand)), key=by_hand.__getitem__))
+        raw.append(float(line.log_softmax(-1)[said[-1]]))
+        ids.append(said[-1])
+    (got, free) = told(engine, [ask(row[:8], 24, bias=bias, logprobs=0), ask(row[:8], 24, logprobs=0)])
+    assert [token for token, _ in got] == said
+    assert [logprob for _, logprob in got] == pytest.approx(raw, abs=2e-5)
+    assert [token for token, _ in free] == greedy(engine.decoder, row[:8], 24) != said
 
 
 def test_scores_that_are_not_finite_end_their_request_alone(

@@ -17,7 +17,7 @@ from serving import Served, served
 
 from minitune.infer.chat import Message
 from minitune.infer.request import Request
-from minitune.infer.sampling import Sampling
+from minitune.infer.sampling import Bias, Sampling
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 SAID = "你好, abc. 今天𠮷 end"
@@ -95,12 +95,15 @@ def test_settings_reach_the_engine(server: Served) -> None:
     requests = server.service.session.engine.seen[-3:]  # type: ignore[union-attr]
     assert [r.sampling.seed for r in requests] == [5, 6, 7]  # n answers with one seed would be one answer
     s = requests[0].sampling
+    assert requests[0].bias is None
     assert (s.temperature, s.top_p, s.top_k, s.min_p, s.repetition_penalty) == (0.1, 0.5, 7, 0.2, 1.1)
     assert s.max_new_tokens == 6 and requests[0].stop == ("x", "yz") and 9 in requests[0].stop_ids
     assert (
         server.chat(seed=-1, top_k=-1, ignore_eos=True, max_tokens=3).json()["choices"][0]["finish_reason"] == "length"
     )
     assert (last(server).sampling.seed or -1) >= 0 and last(server).sampling.top_k == 0 and not last(server).stop_ids
+    server.chat(presence_penalty=-1, frequency_penalty=0.5, logit_bias={"7": 3, "9": -100})
+    assert last(server).bias == Bias(-1.0, 0.5, ((7, 3.0), (9, -100.0)))
     server.chat(max_tokens=10**9)
     assert last(server).sampling.max_new_tokens == 2048 - len(last(server).prompt_ids)
 
@@ -162,9 +165,9 @@ def test_logprobs_of_both_routes(server: Served) -> None:
 @pytest.mark.parametrize(
     ("fields", "param", "words"),
     [
-        ({"temperature": -1}, None, "temperature is -1.0; it takes 0 or more"),
+        ({"temperature": -1}, "temperature", "temperature is -1.0; it takes 0 or more"),
         ({"temperature": "warm"}, "temperature", "valid number"),
-        ({"top_p": 1.5}, None, "top_p is 1.5"),
+        ({"top_p": 1.5}, "top_p", "top_p is 1.5"),
         ({"n": 0}, "n", "greater than or equal to 1"),
         ({"messages": []}, "messages", "at least 1 item"),
         ({"messages": None}, "messages", "list"),
@@ -176,7 +179,10 @@ def test_logprobs_of_both_routes(server: Served) -> None:
         ({"stop": ""}, "stop[0]", "at least 1 character"),
         ({"top_kk": 4}, "top_kk", "did you mean `top_k`"),
         ({"max_token": 4}, "max_token", "did you mean `max_tokens`"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty", "not supported"),
+        ({"frequency_penalty": 3}, "frequency_penalty", "less than or equal to 2"),
+        ({"logit_bias": {"5": -101}}, "logit_bias.5", "greater than or equal to -100"),
+        ({"logit_bias": {"king": 1}}, "logit_bias.king", "valid integer"),
+        ({"logit_bias": {"999999": 1}}, "logit_bias", "not one of the model's"),
         ({"tools": [{"type": "function"}]}, "tools", "not supported"),
         ({"top_logprobs": 3}, "top_logprobs", "needs `logprobs: true`"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),

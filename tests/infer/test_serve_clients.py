@@ -42,6 +42,9 @@ def test_chat(client: Any) -> None:
         n=2,
         logprobs=True,
         top_logprobs=1,
+        presence_penalty=0.5,
+        frequency_penalty=0,
+        logit_bias={"5": -1},
         extra_body={"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.05},
     )
     assert [c.message.content for c in answer.choices] == [SAID + "tuned"] * 2

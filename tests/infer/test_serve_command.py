@@ -188,4 +188,6 @@ def test_names_of_models(talker: Path, adapter: Path, tmp_path: Path) -> None:
         serve.models_of(None, [f"a={adapter}", f"a={adapter}"])
     with pytest.raises(UserError, match="the base's name"):
         serve.main(None, [f"x={adapter}"], served_model_name="x")
+    (tmp_path / "mine-q8_0.gguf").touch()
+    assert serve.public_name(str(tmp_path / "mine-q8_0.gguf")) == "mine-q8_0"
     assert serve.public_name(str(talker)) == talker.name and serve.public_name("org/name") == "org/name"

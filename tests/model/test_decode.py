@@ -15,7 +15,8 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install triton runs these in its interpreter)")
 
-from minitune.model import cache, decode, lora  # noqa: E402
+from minitune.model import cache, decode, decode_rows, lora  # noqa: E402
+from minitune.model import decode_rows_kernels as rk  # noqa: E402
 from minitune.model.cache import DecodeLayout, PagedCache  # noqa: E402
 from minitune.model.decode import Columns, DecodeStep, Split, Tile, why_not  # noqa: E402
 from minitune.model.decoder import Decoder, DecoderConfig  # noqa: E402
@@ -63,8 +64,10 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE.type == "cuda":
         return
     tiles = {name: Tile(8 if "4 bits" in name else 64, 1) for name in decode.TILES}
-    tiles["several rows, 4 bits"] = Tile(64, 1)
     monkeypatch.setattr(decode, "TILES", tiles)
+    parts = {"o": 3, "down": 2, "o, 4 bits": 2, "down, 4 bits": 2}
+    small = {name: {1: decode_rows.Tile(64, 32, parts.get(name, 1), 1, 1)} for name in decode_rows.TILES}
+    monkeypatch.setattr(decode_rows, "TILES", small)
 
 
 def decoder_of(config: DecoderConfig, dtype: torch.dtype = torch.float32, group: int = 0) -> Decoder:
@@ -175,6 +178,22 @@ def test_a_step_is_the_plain_layers(config: DecoderConfig, lengths: list[int], r
 
 
 @pytest.mark.parametrize("lengths, rows", [([37], 1), ([5, 61, 0], 4)])
+def test_blocks_in_shared_memory(monkeypatch: pytest.MonkeyPatch, lengths: list[int], rows: int) -> None:
+    monkeypatch.setattr(decode, "ATTEND", {1: Split(16, 1, 4, 3)})
+    monkeypatch.setattr(decode, "ATTEND_LONG", {1: Split(16, 2, 4, 2)})
+    for long in (False, True):
+        compare(decoder_of(SHAPE), lengths, rows, long, 1e-5, steps=1)
+
+
+@pytest.mark.parametrize("own, head", [(False, 32), (True, 2)])
+def test_by_the_librarys_products(monkeypatch: pytest.MonkeyPatch, own: bool, head: int) -> None:
+    """All of them, as on a small card, or the head's alone, as with many rows."""
+    monkeypatch.setattr(decode_rows, "own", lambda device, dtype: own)
+    monkeypatch.setattr(decode_rows, "HEAD_ROWS", head)
+    compare(decoder_of(GQA), [5, 61, 0], 4, False, 1e-5)
+
+
+@pytest.mark.parametrize("lengths, rows", [([37], 1), ([5, 61, 0], 4)])
 def test_in_half_precision(lengths: list[int], rows: int) -> None:
     compare(decoder_of(SHAPE, torch.float16), lengths, rows, False, 4e-3)
 
@@ -214,6 +233,40 @@ def test_adapters_by_row(group: int, lengths: list[int], rows: int) -> None:
             assert far(step.scores, expected[row : row + 1]) < 1e-5
             seen.add(int(got.columns.adapter_S[slot]))
     assert seen == {-1, 0, 1}
+
+
+@pytest.mark.parametrize("rows, inputs, outputs, splits, silu", [
+    (5, 96, 70, 1, False), (16, 64, 130, 1, True), (32, 80, 64, 1, True), (64, 160, 50, 3, False), (3, 72, 40, 2, False),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype, within", [(torch.float32, 1e-5), (torch.float16, 2e-3)])
+def test_products_of_several_rows(
+    rows: int, inputs: int, outputs: int, splits: int, silu: bool, dtype: torch.dtype, within: float
+) -> None:
+    """Rows, inputs and outputs that fill no tile, parts of which the last is short; against float64."""
+    generator = torch.Generator().manual_seed(5)
+    x, w = (torch.randn(n, inputs, generator=generator) for n in (rows, outputs * (1 + silu)))
+    x, w = x.to(DEVICE, dtype), w.to(DEVICE, dtype) * 0.2
+    y = torch.full((splits, rows, outputs) if splits > 1 else (rows, outputs + 3), 7.0, device=DEVICE)
+    y = y if splits > 1 else y.to(dtype)[:, :outputs]
+    rk._gemm[(-(-outputs // 32), splits)](
+        x, w, y, w.stride(0), rows, outputs, y.stride(-2), 0.5, FULL=rows >= 16, X=inputs, SILU=silu, SPLITS=splits,
+        BM=max(16, rows), BN=32, BK=32, EARLY=64, PDL=False, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    want = x.double() @ w.double().T
+    want = torch.nn.functional.silu(want[:, :outputs]) * want[:, outputs:] if silu else want
+    assert far(y.double().sum(0) if splits > 1 else y, 0.5 * want) < within
+    assert splits > 1 or (y.as_strided((rows, 3), y.stride(), outputs) == 7).all()
+
+
+@pytest.mark.parametrize("parts", [0, 1, 3])
+def test_a_norm_adds_the_parts(parts: int) -> None:
+    generator = torch.Generator().manual_seed(6)
+    x, weight = torch.randn(3, 72, generator=generator).to(DEVICE), torch.rand(72, generator=generator).to(DEVICE)
+    back, n = torch.randn(max(parts, 1), 3, 72, generator=generator).to(DEVICE), torch.zeros_like(x)
+    total = x.double() + 0.3 * back[:parts].double().sum(0)
+    rk._add_norm[(3,)](x, back, weight, n, 3, 0.3, 1e-5, H=72, BH=128, PARTS=parts, PDL=False)
+    assert far(x, total) < 1e-6
+    assert far(n, total / (total.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -216,6 +216,13 @@ def test_the_memory_table() -> None:
             assert f"{tokens * kept / 2**30:.2f} GiB" in page
 
 
+def test_every_bench_has_its_results() -> None:
+    """A script that measures stands in a heading of the results; the two that only help others don't."""
+    headings_ = "".join(re.findall(r"^## .+$", prose(ROOT / "bench" / "RESULTS.md"), re.M))
+    scripts = {p.name for p in (ROOT / "bench").glob("*.py")} - {"sides.py", "tune_kernels.py"}
+    assert {name for name in scripts if f"bench/{name}" not in headings_} == set()
+
+
 def test_the_map_is_complete() -> None:
     """docs/architecture.md names every module in its room, and no module that is not there."""
     page = ROOT / "docs" / "architecture.md"

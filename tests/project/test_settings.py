@@ -79,6 +79,9 @@ MEANINGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (LF | {"resume_from_checkpoint": None}, {"resume": ""}),
     (LF | {"finetuning_type": "full"}, {"method": "full", "learning_rate": 5e-5}),
     (LF | {"max_steps": -1}, {"max_steps": 0}),
+    (LF | {"finetuning_type": "full", "optim": "adamw_bnb_8bit"}, {"optim": "adamw_8bit"}),
+    (LF | {"finetuning_type": "full", "optim": "adamw_torch_fused"}, {"optim": "adamw"}),
+    (LF | {"finetuning_type": "full", "optim": "adamw_8bit_in_backward"}, {"optim": "adamw_8bit_in_backward"}),
     (LF | {"optim": "adamw_torch", "report_to": "none", "do_train": True}, {"method": "lora"}),
     # the tutorial's LoraConfig and TrainingArguments: our own names and defaults
     ({"r": 8, "lora_alpha": 32, "task_type": "TaskType.CAUSAL_LM", "inference_mode": False}, {"lora_r": 8, "lora_alpha": 32.0}),
@@ -140,7 +143,6 @@ REFUSED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     (LF | {"val_size": 1}, ("val_size: 1", "below 1")),
     (LF | {"export_dir": "merged", "export_size": 5}, ("export_dir", "minitune export --config")),
     (LF | {"optim": "adafactor"}, ("optim: adafactor", "adamw_torch")),
-    (LF | {"optim": "adamw_8bit", "finetuning_type": "full"}, ("optim: adamw_8bit", "adamw_torch")),
     (LF | {"lr_scheduler_type": "polynomial"}, ("lr_scheduler_type: polynomial", "linear, cosine or constant")),
     (LF | {"eval_strategy": "often"}, ("eval_strategy: often", "no, steps or epoch")),
     (LF | {"save_steps": 0.5}, ("save_steps: 0.5", "number of steps")),

@@ -202,10 +202,13 @@ sys.exit(code)
 """
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_no_needless_imports(own: TrainConfig, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "optim"),
+    [("lora", "auto"), ("full", "adamw"), ("full", "adamw_8bit"), ("full", "adamw_8bit_in_backward")],
+)
+def test_no_needless_imports(own: TrainConfig, method: str, optim: str) -> None:
     """A whole run needs neither torch's compiler (1.3 s of import) nor other large libraries."""
-    command = [sys.executable, "-c", BARE, *argv_of(with_(own, method=method, save_steps=1))]
+    command = [sys.executable, "-c", BARE, *argv_of(with_(own, method=method, optim=optim, save_steps=1))]
     ran = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.splitlines()[-1] == "heavy: []"

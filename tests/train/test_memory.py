@@ -17,7 +17,7 @@ from minitune.model import kernels
 from minitune.model.attention import PackedLayout
 from minitune.model.decoder import Decoder, DecoderConfig
 from minitune.model.lora import Dropout, LoraConfig, attach
-from minitune.train import memory
+from minitune.train import full, memory
 from minitune.train.prepare import wants_recompute
 
 GIB = 2**30
@@ -63,15 +63,15 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [t for v in value for t in tensors_in(v)] if isinstance(value, tuple) else []
 
 
-@pytest.mark.parametrize("kind", ["lora", "all-linear", "full", "by hand", "by hand, recomputed"])
+@pytest.mark.parametrize("kind", ["lora", "all-linear", "full", "by hand", "by hand, recomputed", "full by hand"])
 def test_what_a_layer_keeps(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes a token and layer, by the difference of two lengths: of the tensors that autograd saves, and of those that
     `model.fused` does."""
     decoder = decoder_on("cpu", torch.bfloat16)
-    by_hand = kind.startswith("by hand")
+    by_hand = "by hand" in kind
     if kind == "all-linear":
         attach(decoder, LoraConfig(4, target_modules="all-linear"))
-    if kind == "full":
+    if kind.startswith("full"):
         for linear in decoder.linears():
             linear.lora = None
         decoder.lora_config = None
@@ -79,10 +79,15 @@ def test_what_a_layer_keeps(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stack: Any = None
     if by_hand:
         pytest.importorskip("triton", reason="Triton is not installed (pip install triton runs this)")
+        from minitune.model.full import FullStack
         from minitune.model.fused import FusedStack
+        from minitune.model.fused_compile import Nowhere
 
-        decoder = decoder_on("cpu", torch.float16)
-        decoder.stack = stack = FusedStack(decoder, keep=kind == "by hand")
+        if kind == "full by hand":
+            stack = FullStack(decoder.to(torch.float16), len(decoder.layers))
+        else:
+            decoder = decoder_on("cpu", torch.float16)
+            decoder.stack = stack = FusedStack(decoder, keep=kind == "by hand")
 
     def kept(tokens: int) -> int:
         ids, positions = torch.zeros(tokens, dtype=torch.int64), torch.arange(tokens)
@@ -99,7 +104,11 @@ def test_what_a_layer_keeps(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
                 return out
 
             monkeypatch.setattr(stack, "layer_forward", forward)
-            decoder.hidden(ids, positions, layout, dropout)
+            if kind == "full by hand":
+                sink, share = Nowhere(False), torch.ones(())
+                stack.learn(ids, positions, layout, ids[:4], ids[:4], share, sink, 4)
+            else:
+                decoder.hidden(ids, positions, layout, dropout)
         else:
             with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t.detach()) or t, lambda t: t):
                 decoder.hidden(ids, positions, layout, dropout)
@@ -117,24 +126,47 @@ def test_what_a_layer_keeps(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("free", "settings", "lora", "want"),
+    ("free", "settings", "want"),
     [
-        (70, {}, True, False),
-        (70, {}, False, False),  # 20 bytes a parameter less the 2 that are there: some 46 GiB
-        (48, {}, False, True),
-        (6, {}, True, False),
-        (3, {}, True, True),
-        (3, {"tokens_per_pack": 256}, True, False),
-        (3, {"gradient_checkpointing": "false"}, True, False),
-        (70, {"tokens_per_step": 30_000, "tokens_per_pack": 30_000}, True, True),
-        (70, {"gradient_checkpointing": "true"}, True, True),
+        (70, {}, False),
+        (6, {}, False),
+        (3, {}, True),
+        (3, {"tokens_per_pack": 256}, False),
+        (3, {"gradient_checkpointing": "false"}, False),
+        (70, {"tokens_per_step": 30_000, "tokens_per_pack": 30_000}, True),
+        (70, {"gradient_checkpointing": "true"}, True),
     ],
 )
 def test_when_layers_are_recomputed(
-    monkeypatch: pytest.MonkeyPatch, free: float, settings: dict[str, Any], lora: bool, want: bool
+    monkeypatch: pytest.MonkeyPatch, free: float, settings: dict[str, Any], want: bool
 ) -> None:
     """By the card's free memory, the longest rows that a step may hold and the pack's limit."""
-    decoder = minicpm_2b(monkeypatch, lora)
+    decoder = minicpm_2b(monkeypatch)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * GIB, 80 * GIB))
     rows = EncodedRows.of([Encoded([5] * n, [5] * n) for n in [56] * 99 + [200]])
     assert wants_recompute(TrainConfig(**settings), decoder, rows) == want
+
+
+@pytest.mark.parametrize(
+    ("free", "settings", "want"),
+    [
+        (72, {}, ("adamw", 40)),  # 20 bytes a parameter less the 2 that are there: some 46 GiB
+        (52, {}, ("adamw", 11)),
+        (17, {}, ("adamw_8bit", 40)),
+        (12.6, {}, ("adamw_8bit", 10)),
+        (8, {}, ("adamw_8bit_in_backward", 28)),
+        (3, {}, ("adamw_8bit_in_backward", 1)),  # it will end in a line about memory
+        (72, {"optim": "adamw_8bit_in_backward", "gradient_checkpointing": "true"}, ("adamw_8bit_in_backward", 1)),
+        (17, {"gradient_checkpointing": "false"}, ("adamw_8bit", 40)),
+    ],
+)
+def test_what_a_full_run_takes(
+    monkeypatch: pytest.MonkeyPatch, free: float, settings: dict[str, Any], want: tuple[str, int]
+) -> None:
+    """The first optimizer that fits, and about as many whole layers as fit with it."""
+    decoder = minicpm_2b(monkeypatch, lora=False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * GIB, 80 * GIB))
+    rows = EncodedRows.of([Encoded([5] * n, [-100] * (n // 2) + [5] * (n - n // 2)) for n in [56] * 99 + [200]])
+    config = TrainConfig(method="full", **settings)
+    name, whole = full.choose(config, decoder, full.load_of(config, rows))
+    assert name == want[0] and abs(whole - want[1]) <= 1

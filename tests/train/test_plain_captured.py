@@ -190,7 +190,7 @@ def test_a_plain_step_asks_nothing_of_the_host(kind: str) -> None:
             True,
             "captured: plain layers (the adapters differ from layer to layer), short attention; ",
         ),
-        ("every parameter", (9, 0), True, "captured: plain layers (every parameter learns), short attention; "),
+        ("every parameter", (9, 0), True, "captured: plain layers (asked for), short attention; "),
         ("adapters", (7, 5), False, "captured: plain layers (the card is older than Ampere), masked attention; "),
         ("every parameter", (9, 0), False, "plain step: every parameter learns, and "),
         ("every parameter", None, True, "plain step: no card"),

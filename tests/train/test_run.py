@@ -41,10 +41,10 @@ def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr("minitune.train.report.draw", lambda *_: None)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_the_folder(config: TrainConfig, tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(("method", "optim"), [("lora", "auto"), ("full", "adamw"), ("full", "adamw_8bit_in_backward")])
+def test_the_folder(config: TrainConfig, tmp_path: Path, method: str, optim: str) -> None:
     """Everything that DESIGN.md lists is there, says what happened, and run.yaml repeats the run exactly."""
-    config = with_(config, method=method)
+    config = with_(config, method=method, optim=optim)
     summary = train(config, quiet=True)
     out = Path(config.output)
     assert [n for n in [*RESULT[method], *BESIDE, "tokenizer_config.json"] if not (out / n).is_file()] == []
@@ -206,13 +206,15 @@ def test_half_precision(config: TrainConfig, method: str) -> None:
         assert losses[dtype] == pytest.approx(losses["float32"], rel=0.03)
 
 
+@pytest.mark.parametrize("optim", ["auto", "adamw_8bit", "adamw_8bit_in_backward"])
 def test_a_loss_that_is_not_finite_stops(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], optim: str
 ) -> None:
     """One line, exit code 1, the last good checkpoint kept; resumed with a sane rate, the run is as if it never was."""
     from minitune.cli import main
 
     rate = run_module.learning_rate_at
+    config = with_(config, method="lora" if optim == "auto" else "full", optim=optim)
     train(with_(config, save_steps=2), quiet=True)
     other = with_(config, save_steps=2, output=f"{config.output}-bad")
     monkeypatch.setattr(run_module, "learning_rate_at", lambda i, *a: 1e30 if i == 4 else rate(i, *a))
@@ -223,7 +225,8 @@ def test_a_loss_that_is_not_finite_stops(
     with pytest.raises(Stopped):
         train(with_(other, output=f"{config.output}-worse"), quiet=True)
     assert sorted(p.name for p in Path(other.output).glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
-    assert [row["loss"] is None for row in log_of(other.output)] == [False] * 5 + [True]
+    bad = [row["loss"] is None or row["grad_norm"] is None for row in log_of(other.output)]
+    assert bad == [False] * 5 + [True]
     monkeypatch.undo()
     assert main([*argv, "--resume"]) == 0
     same(config.output, other.output)
@@ -239,13 +242,15 @@ def reached(folder: Path) -> int:
     return max(steps, default=0 if "run.yaml" in names else -1)
 
 
-@pytest.mark.parametrize("kind", ["lora float32", "lora float16", "full bfloat16"])
+@pytest.mark.parametrize(
+    "kind", ["lora float32", "lora float16", "full bfloat16", "full bfloat16 adamw_8bit", "full bfloat16 adamw_8bit_in_backward"]
+)  # fmt: skip
 def test_killed_at_any_moment(config: TrainConfig, tmp_path: Path, processes: Any, kind: str) -> None:
     """Killed before the first checkpoint, while writing one and at random moments after, then resumed until it ends, a
     run leaves the same tensors and the same log."""
-    method, dtype = kind.split()
+    method, dtype, *optim = kind.split()
     config = with_(
-        config, method=method, dtype=dtype, save_steps=2, save_total_limit=1, eval_steps=3, eval_fraction=0.1,
+        config, method=method, dtype=dtype, optim=optim[0] if optim else "auto", save_steps=2, save_total_limit=1, eval_steps=3, eval_fraction=0.1,
         logging_steps=3,
     )  # fmt: skip
     said = str(tmp_path / "said")
@@ -345,6 +350,7 @@ def test_ctrl_c_ends_a_step_first(config: TrainConfig, tmp_path: Path, monkeypat
         ({"learning_rate": 1e-5}, "learning_rate 0.002, now it is 1e-05"),
         ({"lora_target_modules": ("q_proj",)}, "lora_target_modules"),
         ({"dtype": "bfloat16"}, "dtype float32"),
+        ({"method": "full", "optim": "adamw_8bit"}, "method lora"),
     ],
 )
 def test_another_run_is_not_resumed(config: TrainConfig, changes: dict[str, Any], words: str) -> None:

@@ -27,7 +27,7 @@ from minitune.train import run as run_module
 from minitune.train.optim import AdamW
 from minitune.train.prepare import make_loader
 from minitune.train.step import TrainStep, held_out_loss
-from minitune.train.stop import Best, Interrupt, Stopped, go_on, out_of_memory
+from minitune.train.stop import Best, Interrupt, Stopped, go_on, mends, out_of_memory
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -309,14 +309,14 @@ def test_the_terminal_is_left_as_it_was(config: TrainConfig, processes: Any, how
 
 
 def no_memory(at: int, fail: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    inner = TrainStep.run
+    inner = TrainStep.__call__
 
-    def run(self: TrainStep, *args: Any) -> Any:
+    def call(self: TrainStep, *args: Any) -> Any:
         if int(self.step_index) == at - 1:
             fail()
         return inner(self, *args)
 
-    monkeypatch.setattr(TrainStep, "run", run)
+    monkeypatch.setattr(TrainStep, "__call__", call)
 
 
 def card_full() -> None:
@@ -431,3 +431,13 @@ def test_other_held_out_rows_are_not_resumed(config: TrainConfig, tmp_path: Path
     write_rows(other, 5, start=60)
     with pytest.raises(UserError, match="its held-out rows were others"):
         train(with_(config, resume="auto"), quiet=True)
+
+
+def test_a_smaller_optimizer_is_named() -> None:
+    """Of those that are smaller; inside backward a step is one pack, so a smaller pack is no mend."""
+    said = {}
+    for optim in ("auto", "adamw", "adamw_8bit", "adamw_8bit_in_backward"):
+        said[optim] = " ".join(sum(mends(TrainConfig(method="full", optim=optim), 200, True), []))
+    assert "--optim adamw_8bit (" in said["adamw"] and "--optim adamw_8bit_in_backward (" in said["adamw_8bit"]
+    assert "--optim" not in said["auto"] + said["adamw_8bit_in_backward"]
+    assert "--tokens_per_pack" in said["adamw_8bit"] and "--tokens_per_pack" not in said["adamw_8bit_in_backward"]

@@ -92,7 +92,7 @@ def install(app: FastAPI) -> None:
 def invalid(errors: Any, content_type: str) -> ApiError:
     """The first of pydantic's complaints as one line."""
     first = errors[0]
-    path = [part for part in first["loc"] if part != "body"]
+    path = [part for part in first["loc"] if part not in ("body", "[key]")]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first['ctx']['error']}")
     if first["type"] == "refused":

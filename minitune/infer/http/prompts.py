@@ -13,7 +13,7 @@ from minitune.infer.chat import Message, printable
 from minitune.infer.http.errors import ApiError
 from minitune.infer.http.schema import Asked, ChatAsked, CompletionAsked
 from minitune.infer.request import Request
-from minitune.infer.sampling import Sampling
+from minitune.infer.sampling import Bias, Sampling
 
 if TYPE_CHECKING:
     from minitune.data.template import Turn
@@ -62,7 +62,21 @@ def sampling_of(service: Service, asked: Asked, room: int) -> Sampling:
         given["top_k"] = 0
     seed = None if asked.seed is None else asked.seed % SEEDS
     limit: int | None = asked.limit  # type: ignore[attr-defined]  # of both routes
-    return replace(service.settings.sampling, **given, seed=seed, max_new_tokens=min(limit or room, room))
+    try:
+        return replace(service.settings.sampling, **given, seed=seed, max_new_tokens=min(limit or room, room))
+    except UserError as error:  # it begins with the setting's name
+        raise ApiError(400, str(error), param=str(error).split()[0]) from None
+
+
+def bias_of(service: Service, asked: Asked) -> Bias | None:
+    """What the request adds to scores; None for nothing."""
+    tokens = asked.logit_bias or {}
+    vocab = service.ready().engine.decoder.config.vocab_size
+    bad = next((token for token in tokens if not 0 <= token < vocab), None)
+    if bad is not None:
+        raise ApiError(400, f"token {bad} is not one of the model's {vocab}", param="logit_bias")
+    bias = Bias(asked.presence_penalty or 0.0, asked.frequency_penalty or 0.0, tuple(tokens.items()))
+    return None if bias == Bias() else bias
 
 
 def requests_of(service: Service, asked: ChatAsked | CompletionAsked) -> list[Request]:
@@ -74,6 +88,7 @@ def requests_of(service: Service, asked: ChatAsked | CompletionAsked) -> list[Re
     else:
         prompts, param = [text_ids(service, prompt) for prompt in asked.prompts], "prompt"
     stop_ids = frozenset(() if asked.ignore_eos else template.stop_ids) | frozenset(asked.stop_token_ids or ())
+    bias = bias_of(service, asked)
     out = []
     for ids in prompts:
         check_length(service, ids, param)
@@ -87,6 +102,7 @@ def requests_of(service: Service, asked: ChatAsked | CompletionAsked) -> list[Re
                 stop=tuple(asked.stop),
                 adapter=adapter,
                 logprobs=asked.logprobs_wanted,
+                bias=bias,
             )
             out.append(constrained(service, asked, request))
     return out

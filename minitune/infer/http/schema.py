@@ -15,9 +15,6 @@ from pydantic_core import PydanticCustomError
 
 # Fields of other servers, with the values that ask for nothing we lack.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -147,6 +144,9 @@ class Asked(BaseModel):
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
+    frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
+    logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]] | None, Field(max_length=1024)] = None
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     response_format: ResponseFormat | None = None
 

@@ -1,0 +1,238 @@
+"""The whole model by hand where every parameter learns: forward, loss and backward without autograd.
+
+`FullStack(decoder, whole)` uses the forward of `model.fused`, here without adapters. Backward goes layer by layer, and
+each weight's gradient is one multiplication into a place that a `Sink` names: a buffer of all gradients, or a scratch
+that is used up at once (the optimizer stepped inside backward). A layer that is kept whole keeps q|k|v, what attention
+gave, gate|up and two hidden states; another one its input alone, and the rest is computed again. The norms' results
+are always computed again: they cost a pass over a hidden state.
+
+The tied embedding's gradient is the head's part, then the input rows'. Where gradients have no buffer, the logits'
+gradient is kept while it is the smaller one, and the matrix [V, H] made at the end, when no layer's activations are
+there any more.
+
+Legend: T tokens, P supervised positions, H hidden, V vocabulary, W vocabulary with padding, X inputs, Y outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minitune.model import fused, kernels
+from minitune.model.decoder import Decoder, RMSNorm
+from minitune.model.full_kernels import SPANS, add_rows, norm_weight
+from minitune.model.fused import Context, FusedStack
+from minitune.model.fused_ops import Counts, Slot, norm_back, norm_in, silu_mul, silu_mul_back
+
+
+class Sink(Protocol):
+    """Where gradients go. Matrices have the numbers of `FullStack.matrices`."""
+
+    buffered: bool  # whether each gradient has a place of its own, which outlives the pass
+
+    def place(self, index: int) -> tuple[Tensor, float]:
+        """Where the gradient of a matrix is to be written (its shape), and by what that which lies there is multiplied
+        first: 0 (whatever it is) or 1. The place is the same until `ready`."""
+        ...
+
+    def ready(self, index: int) -> None:
+        """It is written, and this pass needs the matrix no more."""
+        ...
+
+
+class Kept(NamedTuple):
+    """What a layer's backward needs; without the rest, its input x1 alone, it is computed again."""
+
+    x1: Tensor
+    x2: Tensor | None = None
+    attention: tuple[Any, ...] = ()
+    gate_up: Tensor | None = None
+
+
+@dataclass
+class Tape:
+    """A pass between forward and backward. d_logits: None where the head's gradient is made already."""
+
+    ids_T: Tensor
+    predict_P: Tensor
+    ctx: Context
+    kept: list[Kept]
+    x_PH: Tensor
+    rstd_P: Tensor
+    h_PH: Tensor
+    d_PH: Tensor
+    d_logits_PW: Tensor | None
+
+
+def why_not(decoder: Decoder) -> str:
+    """Why this decoder can't be done by hand; "" where it can."""
+    return fused.why_not(decoder, adapters=False)
+
+
+class FullStack(FusedStack):
+    """See the module. `whole`: how many layers, from the last, keep all that their backward needs.
+
+    matrices: the embedding; q|k|v, o, gate|up and down of each layer; the head where it has a matrix of its own: the
+    decoder's parameters in their order, less the norms. norm_grad: float32, the gradient of all norms' weights, two of
+    each layer and the last. Parameters must stay where they are.
+    """
+
+    def __init__(self, decoder: Decoder, whole: int):
+        if reason := why_not(decoder):
+            raise ValueError(reason)
+        self.decoder, self.wholes = decoder, max(1, whole)
+        self.counts = Counts(decoder.device)
+        linears = [decoder.of_kind(kind) for kind in Slot.KINDS]
+        self.slots = [
+            {kind: Slot(linear, linear.weight.data, None) for kind, linear in zip(Slot.KINDS, layer, strict=True)}
+            for layer in zip(*linears, strict=True)
+        ]
+        self.tied = decoder.lm_head is None
+        self.matrices = [p for p in decoder.parameters() if p.ndim > 1]
+        size = (2 * len(self.slots) + 1) * decoder.config.hidden_size
+        self.parts_SX = torch.zeros(SPANS, size, dtype=torch.float32, device=decoder.device)
+        self.norm_grad = torch.zeros(size, dtype=torch.float32, device=decoder.device)
+
+    @property
+    def head_WH(self) -> Tensor:
+        """The head with the zero rows behind it (`Decoder.allocate`)."""
+        weight, padding = self.decoder.head_weight.data, self.decoder.padding
+        return weight.as_strided((weight.shape[0] + padding, weight.shape[1]), weight.stride())
+
+    def whole(self, i: int) -> bool:
+        return i >= len(self.slots) - self.wholes
+
+    # Forward
+
+    @torch.no_grad()
+    def learn(
+        self, ids_T: Tensor, positions_T: Tensor, layout: Any, predict_P: Tensor, targets_P: Tensor, share: Tensor,
+        sink: Sink, chunk: int,
+    ) -> tuple[Tensor, Tape]:  # fmt: skip
+        """(the summed cross-entropy, float32 scalar; what `backward` goes on with). Gradients are those of the sum
+        times `share` (float32 scalar). chunk: positions whose logits exist at once, where they are not kept."""
+        decoder, config = self.decoder, self.decoder.config
+        length_T = layout.length_T(ids_T.shape[0]) if decoder.rope.needs_length else None
+        ctx = Context(*decoder.rope(positions_T, length_T), layout, None)
+        x = F.embedding(ids_T, decoder.embed.weight) * config.embedding_multiplier
+        y: Tensor | None = None
+        kept = []
+        for i in range(len(self.slots)):
+            x, y, one = self.layer_forward(i, x, y, ctx)
+            kept.append(one)
+        assert y is not None
+        x, y = x.index_select(0, predict_P), y.index_select(0, predict_P)
+        x_PH, n_PH, rstd_P = norm_in(x, y, self.gain, decoder.norm, self.slots[0]["attn.qkv"])
+        loss, h_PH, d_PH, d_logits = self._head(n_PH / config.logits_scaling, targets_P, share, sink, chunk)
+        return loss, Tape(ids_T, predict_P, ctx, kept, x_PH, rstd_P, h_PH, d_PH, d_logits)
+
+    def _head(
+        self, h_PH: Tensor, targets_P: Tensor, share: Tensor, sink: Sink, chunk: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """(loss, share · h, the gradient of h, that of the logits where it is still needed)."""
+        head_WH, vocab = self.head_WH, self.decoder.head_weight.shape[0]
+        shared_PH, d_PH = (h_PH.float() * share).to(h_PH.dtype), torch.empty_like(h_PH)
+        loss = torch.zeros((), dtype=torch.float32, device=h_PH.device)
+        positions, width = h_PH.shape
+        at_once = sink.buffered or positions > width  # then the gradient [V, H] is the smaller thing to keep
+        chunk = chunk if at_once else max(1, positions)
+        logits = None
+        for at in range(0, h_PH.shape[0], chunk):
+            some = slice(at, at + chunk)
+            logits = None  # else it would be there beside the next one
+            logits = torch.mm(h_PH[some], head_WH.t())
+            loss += kernels.cross_entropy_(logits, targets_P[some], vocab, grad=True).sum()
+            torch.mm(logits, head_WH, out=d_PH[some])
+            if at_once:
+                self._add_head(logits, shared_PH[some], sink, None if at == 0 else 1.0)
+        d_PH.copy_(d_PH.float() * (share / self.decoder.config.logits_scaling))
+        return loss, shared_PH, d_PH, None if at_once else logits
+
+    def _add_head(self, d_logits_PW: Tensor, h_PH: Tensor, sink: Sink, beta: float | None) -> None:
+        """The head's gradient; beta: what the sink says where it is None."""
+        place, its = sink.place(0 if self.tied else len(self.matrices) - 1)
+        vocab = place.shape[0]
+        place.addmm_(d_logits_PW[:, :vocab].t(), h_PH, beta=its if beta is None else beta)
+
+    def layer_forward(self, i: int, x: Tensor, y: Tensor | None, ctx: Context) -> tuple[Tensor, Tensor, Kept]:  # type: ignore[override]
+        x1, (_, _, qkv, state, out), _ = self.attention(i, x, y, ctx)
+        x2, (_, _, gate_up) = self.mlp(i, x1, self.slots[i]["attn.o"].forward(out), ctx)
+        y = self.slots[i]["mlp.down"].forward(silu_mul(gate_up, self.slots[i]["mlp.down"]))
+        return x2, y, Kept(x1, x2, (qkv, state, out), gate_up) if self.whole(i) else Kept(x1)
+
+    # Backward
+
+    @torch.no_grad()
+    def backward(self, tape: Tape, sink: Sink) -> None:
+        """Every gradient, from the head down. The norms' are added to `parts_SX`; see `join_norms`."""
+        decoder, last = self.decoder, self.slots[0]["attn.qkv"]
+        top, width = len(self.slots), decoder.config.hidden_size
+        norm_weight(tape.d_PH, tape.x_PH, tape.rstd_P, self.parts_SX[:, 2 * top * width :])
+        d_PH = torch.zeros_like(tape.d_PH)
+        norm_back(d_PH, tape.d_PH, last, None, tape.x_PH, tape.rstd_P, decoder.norm, None)
+        d = d_PH.new_zeros(tape.ids_T.shape[0], width)
+        d.index_add_(0, tape.predict_P, d_PH)  # a position that comes twice is padding, of zeros
+        del d_PH
+        for i in reversed(range(top)):
+            self.layer_gradients(i, d, tape.kept.pop(), tape.ctx, sink)
+        if tape.d_logits_PW is not None:
+            self._add_head(tape.d_logits_PW, tape.h_PH, sink, None)
+            tape.d_logits_PW = None
+        if not self.tied:
+            sink.ready(len(self.matrices) - 1)
+        place, beta = sink.place(0)
+        if not self.tied and beta == 0:
+            place.zero_()
+        add_rows(d, tape.ids_T, place, decoder.config.embedding_multiplier)
+        sink.ready(0)
+
+    def layer_gradients(self, i: int, d: Tensor, kept: Kept, ctx: Context, sink: Sink) -> None:
+        """d, the gradient of the layer's result, becomes that of its input."""
+        slots, layer, m = self.slots[i], self.layer(i), self.gain
+        qkv_, o_, gate_up_, down_ = (slots[kind] for kind in Slot.KINDS)
+        x1, x2, attention, gate_up = kept
+        del kept
+        if x2 is None or gate_up is None:
+            _, (_, _, *attention), _ = self.attention(i, x1, None, ctx)  # type: ignore[assignment]
+            x2, (_, _, gate_up) = self.mlp(i, x1, o_.forward(attention[-1]), ctx)
+
+        d_act = torch.mm(d, down_.wide)
+        self._weight(4 * i + 4, d, silu_mul(gate_up, down_), m, sink)
+        silu_mul_back(gate_up, d_act, down_, None, m, along=False)  # gate_up holds its gradient now
+        del d_act
+        d_n = torch.mm(gate_up, gate_up_.wide)
+        _, n, rstd = norm_in(x2, None, m, layer.mlp_norm, gate_up_)
+        self._weight(4 * i + 3, gate_up, n, 1.0, sink)
+        del gate_up, n
+        self._norm(2 * i + 1, d, d_n, x2, rstd, layer.mlp_norm)
+
+        qkv, state, out = attention
+        d_out = torch.mm(d, o_.wide)
+        self._weight(4 * i + 2, d, out, m, sink)
+        d_qkv = self.attention_backward(i, d_out, qkv, state, out, ctx)
+        del d_out, qkv, state, out, attention
+        d_n = torch.mm(d_qkv, qkv_.wide)
+        _, n, rstd = norm_in(x1, None, m, layer.attn_norm, qkv_)
+        self._weight(4 * i + 1, d_qkv, n, 1.0, sink)
+        self._norm(2 * i, d, d_n, x1, rstd, layer.attn_norm)
+
+    def _weight(self, index: int, dy_TY: Tensor, x_TX: Tensor, gain: float, sink: Sink) -> None:
+        """gain · dyᵀ x, to where the sink wants it."""
+        place, beta = sink.place(index)
+        place.addmm_(dy_TY.t(), x_TX, beta=beta, alpha=gain)
+        sink.ready(index)
+
+    def _norm(self, index: int, d: Tensor, dy: Tensor, x: Tensor, rstd: Tensor, norm: RMSNorm) -> None:
+        """The gradients of a norm's weight and of its input, which is added to d."""
+        width = d.shape[1]
+        norm_weight(dy, x, rstd, self.parts_SX[:, index * width : (index + 1) * width])
+        norm_back(d, dy, self.slots[0]["attn.qkv"], None, x, rstd, norm, None)
+
+    def join_norms(self) -> None:
+        """`norm_grad` becomes the gradient of all passes since the last call."""
+        torch.sum(self.parts_SX, 0, out=self.norm_grad)
+        self.parts_SX.zero_()
