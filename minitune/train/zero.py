@@ -79,7 +79,9 @@ class Zero:
             )
         self.engine: Any = made[0]
         where = ", optimizer on the CPU" if zero_config.offloads(ds) else ""
-        self.lines.append(f"DeepSpeed {deepspeed.__version__}, ZeRO stage {self.stage}{where}")
+        self.lines.append(
+            f"DeepSpeed {deepspeed.__version__}, ZeRO stage {self.stage}{where}; plain layers, not captured"
+        )
 
     @property
     def states(self) -> dict[Any, dict[str, Any]]:

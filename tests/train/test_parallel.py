@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from runs import ROWS, Launch, argv_of, log_of, result_of, rows_of, with_
+from runs import ROWS, Launch, argv_of, free_port, log_of, result_of, rows_of, with_
 from talker import write_rows
+from torch.distributed import TCPStore
 
 from minitune import TrainConfig, train
 from minitune.checkpoint import resume
 from minitune.data.loader import Loader
 from minitune.data.template import Encoded
+from minitune.train import lifeline
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 # Adam divides a gradient by its own size: one that is almost zero, and rounded otherwise, would move a weight otherwise.
@@ -117,6 +119,29 @@ def test_a_process_that_dies(processes: Any, config: TrainConfig, tmp_path: Path
     assert "is good; go on with: " in lines[0] and lines[0].endswith("--resume")
     last = resume.newest(Path(config.output))
     assert last is not None and resume.read_state(last)["step"] >= 2
+
+
+def test_a_process_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beats keep all alive; one whose beats end is named by another, once, also where no connection breaks."""
+    monkeypatch.setattr(lifeline, "BEAT", 0.05)
+    monkeypatch.setattr(lifeline, "SILENT", 0.6)
+    said: list[str] = []
+
+    class Watched(lifeline.Lifeline):
+        def _leave(self, why: str) -> None:
+            said.append(why)
+            self._ended.set()
+
+    store = TCPStore("127.0.0.1", free_port(), is_master=True, wait_for_workers=False)
+    three = [Watched(store, rank, 3, lambda: "") for rank in range(3)]
+    for one in three:
+        one.start()
+    time.sleep(1.5)
+    assert said == []
+    three[2].end()  # its thread stops, as that of a stopped process does
+    for one in three:
+        one.join(10)
+    assert len(said) == 2 and sorted(said)[0] == "" and sorted(said)[1].startswith("rank 2 on "), said
 
 
 def test_a_signal_ends_all_at_one_step(processes: Any, config: TrainConfig, tmp_path: Path) -> None:
