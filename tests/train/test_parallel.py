@@ -14,11 +14,12 @@ from runs import ROWS, Launch, argv_of, free_port, log_of, result_of, rows_of, w
 from talker import write_rows
 from torch.distributed import TCPStore
 
-from minitune import TrainConfig, train
+from minitune import TrainConfig, UserError, train
 from minitune.checkpoint import resume
 from minitune.data.loader import Loader
 from minitune.data.template import Encoded
 from minitune.train import lifeline
+from minitune.train.checks import check_settings
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 # Adam divides a gradient by its own size: one that is almost zero, and rounded otherwise, would move a weight otherwise.
@@ -173,3 +174,20 @@ def test_a_process_that_never_comes(processes: Any, config: TrainConfig, tmp_pat
     assert launch.codes() == [2]
     assert "4 s" in launch.said[0] and launch.said[0].count("minitune: ") == 1, launch.said
     assert not Path(config.output).exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"watch": "prompts.txt"}, "no process holds all weights"), ({"optim": "adamw_8bit"}, "is for one process")],
+)
+def test_what_does_not_go_together(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], said: str
+) -> None:
+    """Refused before anything is read where a launcher has started two processes; taken by one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("你好", encoding="utf-8")
+    config = with_(config, method="full", **changes)
+    check_settings(config)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=said):
+        check_settings(config)
