@@ -145,6 +145,12 @@ class TrainConfig:
     tokens_per_pack: int = setting(
         8192, "tokens computed at once at most (CPU: 1024): memory, never the result", group="hardware"
     )
+    deepspeed: str = setting(
+        "", "DeepSpeed's JSON file (ZeRO 1, 2 or 3, offload): its engine holds what learns", group="hardware"
+    )
+    join_timeout: float = setting(
+        300.0, "seconds in which all processes of a run must meet, where a launcher starts several", group="hardware"
+    )
 
     logging_steps: int = setting(
         10, "steps between lines on the screen; log.jsonl has every step", group="log and checkpoints"

@@ -6,9 +6,11 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from torch import Tensor
 
 from minitune.checkpoint.weights import hub_tensors, read_json, write_safetensors
 from minitune.config import UserError
@@ -92,14 +94,17 @@ def copy_tokenizer(base: Path, folder: Path) -> None:
             shutil.copyfile(base / name, folder / name)
 
 
-def save_hub_folder(decoder: Decoder, base: Path, folder: Path) -> None:
-    """The weights in `base`'s own layout and architecture, with its config and tokenizer beside them."""
+def save_hub_folder(
+    decoder: Decoder, base: Path, folder: Path, tensors: Iterable[tuple[str, Tensor]] | None = None
+) -> None:
+    """The weights in `base`'s own layout and architecture, with its config and tokenizer beside them. tensors: (hub
+    name, tensor) of each, where the decoder does not hold them whole."""
     config = read_json(base / "config.json")
     config.pop("auto_map", None)  # names code that is not here
     config["tie_word_embeddings"] = decoder.config.tie_word_embeddings
     config.pop("dtype", None)
     config["torch_dtype"] = str(decoder.dtype).removeprefix("torch.")
-    write_safetensors(folder, hub_tensors(decoder))
+    write_safetensors(folder, hub_tensors(decoder) if tensors is None else tensors)
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
     if (base / "generation_config.json").is_file():
         shutil.copyfile(base / "generation_config.json", folder / "generation_config.json")

@@ -57,25 +57,29 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def hub_parameters(decoder: Decoder) -> dict[str, Tensor]:
-    """{hub name: our tensor, or the rows of the fused one that hold it}: the one mapping, used both ways."""
-    out = {EMBED: decoder.embed.weight, "model.norm.weight": decoder.norm.weight}
+def hub_places(decoder: Decoder) -> dict[str, tuple[Tensor, slice | None]]:
+    """{hub name: (our tensor, the rows of it that hold it; None: all)}: the one mapping, used both ways."""
+    out: dict[str, tuple[Tensor, slice | None]] = {EMBED: (decoder.embed.weight, None)}
+    out["model.norm.weight"] = decoder.norm.weight, None
     if decoder.lm_head is not None:
-        out[HEAD] = decoder.lm_head.weight
+        out[HEAD] = decoder.lm_head.weight, None
     for i, layer in enumerate(decoder.layers):
         assert isinstance(layer, Layer)
-        out[f"model.layers.{i}.input_layernorm.weight"] = layer.attn_norm.weight
-        out[f"model.layers.{i}.post_attention_layernorm.weight"] = layer.mlp_norm.weight
+        out[f"model.layers.{i}.input_layernorm.weight"] = layer.attn_norm.weight, None
+        out[f"model.layers.{i}.post_attention_layernorm.weight"] = layer.mlp_norm.weight, None
     for linear in decoder.linears():
         for name, start, end in linear.parts:
-            hub = f"{linear.hub_name(name)}.weight"
+            hub, rows = f"{linear.hub_name(name)}.weight", slice(start, end)
             if isinstance(linear, Int4Linear):
-                out[f"{hub}_packed"], out[f"{hub}_scale"] = (
-                    t[start:end] for t in (linear.weight_packed, linear.weight_scale)
-                )
+                out[f"{hub}_packed"], out[f"{hub}_scale"] = (linear.weight_packed, rows), (linear.weight_scale, rows)
             else:
-                out[hub] = linear.weight[start:end]
+                out[hub] = linear.weight, rows
     return out
+
+
+def hub_parameters(decoder: Decoder) -> dict[str, Tensor]:
+    """{hub name: our tensor, or the rows of the fused one that hold it}."""
+    return {name: t if rows is None else t[rows] for name, (t, rows) in hub_places(decoder).items()}
 
 
 def _resolve_tie(config: DecoderConfig, shards: Shards) -> DecoderConfig:

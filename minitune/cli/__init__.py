@@ -7,7 +7,8 @@ import atexit
 import difflib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 from minitune import __version__
@@ -49,12 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        return run(list(sys.argv[1:] if argv is None else argv))
+        with quiet_but_for_the_first():
+            return run(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
-        print(f"minitune: {error}", file=sys.stderr)
+        if str(error):  # else another process of the run says it
+            print(f"minitune: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 2)
     except KeyboardInterrupt:
-        print("minitune: stopped", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print("minitune: stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -69,7 +73,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+@contextmanager
+def quiet_but_for_the_first() -> Iterator[None]:
+    """Of several processes that a launcher started, rank 0 alone speaks; an error of another one is not held back."""
+    if os.environ.get("RANK", "0") == "0":
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
 def run(argv: list[str]) -> int:
+    if argv and argv[0].startswith("--local_rank="):  # DeepSpeed's launcher, which says it by environment too
+        argv = argv[1:]
     if argv and not argv[0].startswith("-"):
         name = argv[0]
         if name not in COMMANDS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 from shlex import quote
 from typing import Any
 
@@ -29,7 +30,8 @@ def call_train(values: dict[str, Any]) -> int:
     from minitune.train import ahead
     from minitune.train.checks import check_settings
 
-    check_settings(config)  # before seconds of imports
+    if os.environ.get("WORLD_SIZE", "1") == "1":  # several processes check together
+        check_settings(config)  # before seconds of imports
     ahead.wake(config.device)
     ahead.import_slow()
     gc.disable()  # torch's import makes a million objects that stay: looking for garbage among them takes a tenth of it

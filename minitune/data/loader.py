@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from minitune.data import packing
 from minitune.data.packing import Steps
 from minitune.data.store import EncodedRows
-from minitune.data.template import Encoded
+from minitune.data.template import IGNORED, Encoded
 
 if TYPE_CHECKING:
     import torch
@@ -55,18 +55,22 @@ class Pack:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One optimizer step: its packs and what all of them hold together."""
+    """One optimizer step: its packs and what all of them hold together.
+
+    whole: (supervised, tokens) of the step over all processes, where `packs` are one's share of it.
+    """
 
     packs: list[Pack]
     rows: int
+    whole: tuple[int, int] | None = None
 
     @property
     def supervised(self) -> int:
-        return sum(p.supervised for p in self.packs)
+        return sum(p.supervised for p in self.packs) if self.whole is None else self.whole[0]
 
     @property
     def tokens(self) -> int:
-        return sum(p.tokens for p in self.packs)
+        return sum(p.tokens for p in self.packs) if self.whole is None else self.whole[1]
 
 
 def make_pack(rows: Sequence[Encoded], numbers: Sequence[int], pin: bool = False) -> Pack:
@@ -93,7 +97,7 @@ def make_pack(rows: Sequence[Encoded], numbers: Sequence[int], pin: bool = False
 
 class Loader:
     """The steps of a run, epoch after epoch. A step's rows depend on (seed, epoch, step) alone, so any step can be
-    the first of a resumed run."""
+    the first of a resumed run. rank, ranks: which share of each step's rows this process gets, of how many."""
 
     def __init__(
         self,
@@ -105,8 +109,11 @@ class Loader:
         seed: int = 0,
         shuffle: bool = True,
         pin: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
     ):
         self.rows = EncodedRows.of(rows)
+        self.rank, self.ranks = rank, ranks
         self.seed, self.shuffle, self.pin = seed, shuffle, pin
         self.rows_per_step, self.tokens_per_step = rows_per_step, tokens_per_step
         self.tokens_per_pack = tokens_per_pack
@@ -139,8 +146,21 @@ class Loader:
         """One step's tensors, on the host."""
         rows = self.steps(epoch)[step]
         lengths = dict(zip(rows, self.lengths[rows].tolist(), strict=True))
+        if self.ranks > 1:
+            return self._share(rows, lengths)
         packs = packing.packs(rows, lengths, self.tokens_per_pack)
         return StepBatch([make_pack(self.rows.select(p), p, self.pin) for p in packs], len(rows))
+
+    def _share(self, rows: list[int], lengths: dict[int, int]) -> StepBatch:
+        """This process's packs of a step. All processes have equally many, since sharded weights are gathered for each:
+        where rows are short of that, a pack is one token that counts for nothing."""
+        shares = packing.deal(rows, lengths, self.ranks)
+        plans = [packing.packs(share, lengths, self.tokens_per_pack) if share else [] for share in shares]
+        made = [make_pack(self.rows.select(p), p, self.pin) for p in plans[self.rank]]
+        if spare := max(map(len, plans)) - len(made):
+            token = self.rows[rows[0]].input_ids[:1]
+            made += [make_pack([Encoded(token, [IGNORED])], [0], self.pin)] * spare
+        return StepBatch(made, len(rows), (int(self.rows.supervised[rows].sum()), sum(lengths.values())))
 
     def batches(self, epoch: int = 0) -> Iterator[StepBatch]:
         """All steps of an epoch, in order."""

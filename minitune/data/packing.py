@@ -99,6 +99,19 @@ def steps_of_tokens(order: ArrayLike, lengths: ArrayLike, tokens_per_step: int) 
     return Steps(order, bounds)
 
 
+def deal(rows: Sequence[int], lengths: Sequence[int] | Mapping[int, int], ranks: int) -> list[list[int]]:
+    """One step's rows dealt to `ranks` processes with about equal tokens: the longest first, each to the one that has
+    least. A process may get none; each keeps the rows' order."""
+    place = {row: i for i, row in enumerate(rows)}
+    out: list[list[int]] = [[] for _ in range(ranks)]
+    held = [0] * ranks
+    for row in sorted(rows, key=lambda r: (-lengths[r], place[r])):
+        least = held.index(min(held))
+        out[least].append(row)
+        held[least] += lengths[row]
+    return [sorted(share, key=place.__getitem__) for share in out]
+
+
 def packs(rows: Sequence[int], lengths: Sequence[int] | Mapping[int, int], tokens_per_pack: int) -> list[list[int]]:
     """One step's rows in as few packs of at most `tokens_per_pack` tokens as first-fit decreasing finds.
 

@@ -20,10 +20,11 @@ NO_EFFECT = no_effect(
         "batch_eval_metrics dataset_kwargs shuffle_dataset",
         "rows are packed, nothing is padded, and none sees another": "group_by_length pad_to_multiple_of padding_free "
         "packing_strategy eval_packing padding_side pad_token",
-        "one process": "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph "
+        "the launcher starts the processes; a step's rows are dealt to them": "ddp_find_unused_parameters "
+        "ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph "
         "ddp_backend ddp_timeout local_rank save_on_each_node log_on_each_node average_tokens_across_devices "
         "accelerator_config",
-        "one process: nothing is sharded or offloaded, the numbers are the same": "deepspeed fsdp fsdp_config "
+        "every parameter on several processes is sharded (FSDP2), the numbers are the same": "fsdp fsdp_config "
         "fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap",
         "log.jsonl and loss.png hold every step": "logging_strategy logging_first_step logging_dir log_level "
         "log_level_replica logging_nan_inf_filter disable_tqdm include_num_input_tokens_seen run_name project "
@@ -58,7 +59,7 @@ ONLY = only(
     (NO, "answers come from `minitune chat`; leave it out", "do_predict predict_with_generate"),
     ((), "AdamW with adam_beta1, adam_beta2, adam_epsilon; leave it out", "optim_args optim_target_modules adafactor"),
     ((), "write lr_scheduler_type: linear, cosine or constant, without more", "lr_scheduler_kwargs"),
-    ((), "one process on one card; leave it out", "parallelism_config"),
+    ((), "a step's rows are dealt to the processes, nothing else; leave it out", "parallelism_config"),
     (NO, "write device: cuda or cpu", "use_mps_device"),
     (("random", "group_by_length"), "rows are shuffled each epoch", "train_sampling_strategy"),
     (("nll",), "the loss is cross-entropy over learned tokens; leave it out", "loss_type"),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from pathlib import Path
 
 from minitune.config import TrainConfig, UserError, files_of
+from minitune.train import zero_config
 from minitune.train.track import check_trackers
 from minitune.train.watch import read_prompts
 
@@ -37,6 +39,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "eval_fraction": (0, 1),
     "eval_rows": (0, math.inf),
     "max_samples": (0, math.inf),
+    "join_timeout": (1, math.inf),
     "seed": (0, 2**32),
     "lora_r": (1, math.inf),
     "lora_alpha": (0, math.inf),
@@ -63,6 +66,9 @@ def check_settings(config: TrainConfig) -> None:
             raise UserError(f"{name} needs held-out rows; add --eval_fraction 0.05, or --eval_data FILE")
     check_optimizer(config)
     check_trackers(config.track)
+    stage = zero_config.stage_of(zero_config.read(config)) if config.deepspeed else 0
+    if config.watch and (stage == 3 or (several() and config.method == "full" and not stage)):
+        raise UserError("watch: no process holds all weights (FSDP2, ZeRO 3); leave --watch out")
     for name in ("data", "eval_data"):  # before a download of gigabytes
         for path in files_of(getattr(config, name)):
             if not Path(path).exists():
@@ -71,12 +77,19 @@ def check_settings(config: TrainConfig) -> None:
         read_prompts(Path(config.watch))
 
 
+def several() -> bool:
+    """Whether a launcher has started several processes."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 def check_optimizer(config: TrainConfig) -> None:
     """UserError for an optimizer that does not go with the rest."""
     if config.optim in ("auto", "adamw"):
         return
     if config.method != "full":
         raise UserError(f"optim {config.optim} is for --method full; an adapter's moments are small: leave it out")
+    if config.deepspeed or several():
+        raise UserError(f"optim {config.optim} is for one process on one card; leave it out, or use --optim adamw")
     if config.dtype == "float16":
         raise UserError(f"optim {config.optim} rounds into bfloat16 weights; use --dtype bfloat16, or --optim adamw")
 

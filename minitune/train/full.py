@@ -42,6 +42,11 @@ def choose(config: TrainConfig, decoder: Decoder, load: Load) -> tuple[Optim, in
     return name, next((whole for whole in counts if fits(name, whole)), least)
 
 
+def optim_of(config: TrainConfig, decoder: Decoder, rows: EncodedRows, alone: bool) -> Optim:
+    """The optimizer; of several processes, or DeepSpeed's, that with all its bits."""
+    return choose(config, decoder, load_of(config, rows))[0] if alone else "adamw"
+
+
 def load_of(config: TrainConfig, rows: EncodedRows) -> Load:
     """The largest step that these rows can make."""
     lengths, supervised = rows.lengths, rows.supervised

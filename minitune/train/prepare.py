@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,9 @@ from minitune.train import ahead, fast, full, memory
 from minitune.train.full_step import FullStep
 from minitune.train.optim import AdamW, LossScale
 from minitune.train.optim8 import AdamW8
-from minitune.train.step import TrainStep, recompute_layers
+from minitune.train.parallel import ALONE, Replicas, Team
+from minitune.train.sharded import Sharded
+from minitune.train.step import Sharing, TrainStep, recompute_layers
 
 
 @dataclass
@@ -85,6 +88,18 @@ def prepare(config: TrainConfig, found: Callable[[Path], object] = read_config) 
     return Prepared(base, tokenizer, template, learn, held_out, lines, fraction)
 
 
+def resolved(config: TrainConfig, ready: Prepared, device: torch.device) -> TrainConfig:
+    """The settings with what was left to the data and the machine: what run.yaml says."""
+    return dataclasses.replace(
+        config,
+        template=ready.template.config,
+        learning_rate=config.resolved_learning_rate,
+        eval_fraction=ready.fraction,
+        eval_rows=0,
+        dtype=str(training_dtype(config, device)).removeprefix("torch."),  # type: ignore[arg-type]
+    )
+
+
 def training_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     """`auto`: bfloat16 where the hardware multiplies it; float32 on other CPUs, and for every parameter on any."""
     if config.dtype == "auto" and device.type == "cpu":
@@ -93,7 +108,9 @@ def training_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     return choose_dtype(config.dtype, device)
 
 
-def build(config: TrainConfig, ready: Prepared, decoder: Decoder) -> tuple[Decoder, AdamW | AdamW8, TrainStep]:
+def build(
+    config: TrainConfig, ready: Prepared, decoder: Decoder, team: Team = ALONE
+) -> tuple[Decoder, AdamW | AdamW8, TrainStep]:
     """The decoder of the base weights with what learns, its optimizer, and the step."""
     decoder.train()
     highest = max(ready.learn.highest, ready.held_out.highest)
@@ -101,39 +118,66 @@ def build(config: TrainConfig, ready: Prepared, decoder: Decoder) -> tuple[Decod
         raise UserError(
             f"{ready.base}: the tokenizer gives id {highest}, the weights have {decoder.config.vocab_size} rows"
         )
-    return (decoder, *equip(config, decoder, ready.learn))
+    return (decoder, *equip(config, decoder, ready.learn, team))
 
 
-def equip(config: TrainConfig, decoder: Decoder, rows: EncodedRows) -> tuple[AdamW | AdamW8, TrainStep]:
+def equip(
+    config: TrainConfig, decoder: Decoder, rows: EncodedRows, team: Team = ALONE
+) -> tuple[AdamW | AdamW8, TrainStep]:
     """What the decoder learns with: adapters where they are asked for, layers by hand where they serve, optimizer and
     step."""
-    if config.method == "full":
+    every = config.method == "full"
+    if every and team.size == 1 and not config.deepspeed:
         whole = full.choose(config, decoder, full.load_of(config, rows))[1]
         fast.settle_memory(sparing=whole < len(decoder.layers))
         return full.equip(config, decoder, whole)
     try:
-        parameters = attach(decoder, lora_of(config), config.seed)
+        parameters = attach(decoder, lora_of(config), config.seed) if not every else []
     except ValueError as error:
         raise UserError(str(error)) from None
+    if every:
+        decoder.requires_grad_(True)
     matrices: list[torch.Size] = []
     recompute = wants_recompute(config, decoder, rows)
     fast.settle_memory(sparing=recompute)
-    if not fast.why_plain(decoder):
+    if not every and not config.deepspeed and not fast.why_plain(decoder):
         matrices = [p.shape for p in parameters]
         decoder.stack = FusedStack(decoder, keep=not recompute)
         parameters = [decoder.stack.flat]
     elif recompute:
         recompute_layers(decoder)
+    if config.deepspeed:
+        return by_deepspeed(config, decoder, team)
+    sharing = share(config, decoder, team)
+    if isinstance(sharing, Sharded):
+        parameters = sharing.parameters
     optimizer = AdamW(parameters, config, matrices)
     step = TrainStep(
         decoder,
         optimizer,
-        dropout=config.lora_dropout,
+        dropout=0.0 if every else config.lora_dropout,
         seed=config.seed,
         max_grad_norm=config.max_grad_norm,
         loss_scale=LossScale(decoder.device) if decoder.dtype == torch.float16 else None,
+        sharing=sharing,
     )
     return optimizer, step
+
+
+def by_deepspeed(config: TrainConfig, decoder: Decoder, team: Team) -> tuple[AdamW, TrainStep]:
+    """The same with DeepSpeed's engine."""
+    from minitune.train.zero import Zero, ZeroOptimizer, ZeroStep
+
+    zero = Zero(team, decoder, config)
+    optimizer = ZeroOptimizer(zero)
+    return optimizer, ZeroStep(zero, optimizer, config.lora_dropout if config.method == "lora" else 0.0, config.seed)
+
+
+def share(config: TrainConfig, decoder: Decoder, team: Team) -> Sharing | None:
+    """How several processes make a step: adapters are small, so each has them whole; all parameters are sharded."""
+    if team.size == 1:
+        return None
+    return Sharded(team, decoder) if config.method == "full" else Replicas(team)
 
 
 def lora_of(config: TrainConfig) -> LoraConfig:
@@ -158,7 +202,9 @@ def wants_recompute(config: TrainConfig, decoder: Decoder, rows: EncodedRows) ->
     return needed > 0.9 * torch.cuda.mem_get_info(decoder.device)[0]
 
 
-def make_loader(config: TrainConfig, rows: Sequence[Encoded], device: torch.device, shuffle: bool = True) -> Loader:
+def make_loader(
+    config: TrainConfig, rows: Sequence[Encoded], device: torch.device, shuffle: bool = True, team: Team = ALONE
+) -> Loader:
     # Small packs keep the CPU's caches and memory; a card wants long ones.
     whole = device.type != "cpu" or config.optim == "adamw_8bit_in_backward"
     pack = config.tokens_per_pack if whole else min(config.tokens_per_pack, 1024)
@@ -170,6 +216,8 @@ def make_loader(config: TrainConfig, rows: Sequence[Encoded], device: torch.devi
         seed=config.seed,
         shuffle=shuffle,
         pin=device.type == "cuda",
+        rank=team.rank,
+        ranks=team.size,
     )
 
 
@@ -188,8 +236,11 @@ def count_steps(config: TrainConfig, loader: Loader) -> tuple[int, list[int]]:
 
 def describe(config: TrainConfig, decoder: Decoder, step: TrainStep, total: int, loader: Loader) -> list[str]:
     """What is going to happen, a line each."""
-    learn = sum(p.numel() for p in step.optimizer.parameters)
-    every = sum(p.numel() for p in decoder.parameters()) - (learn if config.method == "lora" else 0)
+    every = sum(getattr(p, "ds_numel", p.numel()) for p in decoder.parameters())  # of DeepSpeed's slices too
+    learn = every
+    if config.method == "lora":
+        learn = sum(getattr(p, "ds_numel", p.numel()) for p in step.optimizer.parameters)
+        every -= learn
     kernel = choose_kernel(decoder.device, decoder.dtype, decoder.config.head_dim, loader.rows.longest)
     size = f"{config.tokens_per_step} tokens" if config.tokens_per_step else f"{config.rows_per_step} rows"
     kind = str(decoder.dtype).removeprefix("torch.")
@@ -197,6 +248,9 @@ def describe(config: TrainConfig, decoder: Decoder, step: TrainStep, total: int,
         f"{config.method}: {learn:,} of {every:,} parameters learn; {total} steps of {size}; "
         f"learning rate {config.resolved_learning_rate:g}; {kind} on {decoder.device}; {kernel} attention"
     ]
+    if loader.ranks > 1 and not config.deepspeed:
+        how = "every parameter sharded (FSDP2)" if config.method == "full" else "adapters' gradients added up"
+        lines.append(f"{loader.ranks} processes, {how}; a step's rows are dealt to them; plain steps, not captured")
     if isinstance(step, FullStep):
         lines.append(full.said(config, step))
     if config.method == "lora" and decoder.config.family == "MiniCPMForCausalLM":

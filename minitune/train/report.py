@@ -50,7 +50,7 @@ class Report:
         if (self.folder / "watch.jsonl").exists():
             cut(self.folder / "watch.jsonl", step)
 
-    def start(self, step: int, best: int, trackers: Trackers) -> None:
+    def start(self, step: int, best: int, trackers: Trackers | None) -> None:
         """The steps begin behind `step`. best: the step of the lowest held-out loss, 0 for none."""
         self.trackers = trackers
         self.view.losses([r["loss"] for r in self.rows if r["loss"] is not None])
@@ -162,6 +162,34 @@ class Report:
                 self.trackers = None
 
 
+class Silent(Report):
+    """The report of a process that is not the first: it neither speaks nor writes, nor waits for the device."""
+
+    def resume(self, step: int) -> None:
+        pass
+
+    def start(self, step: int, best: int, trackers: Trackers | None) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        pass
+
+    def step(self, step: int, epoch: float, rate: float, tokens: int, result: StepResult) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def evaluated(self, step: int, loss: float, best: bool) -> None:
+        pass
+
+    def picture_begins(self) -> None:
+        pass
+
+    def picture(self) -> None:
+        pass
+
+
 def cut(path: Path, step: int) -> list[dict[str, Any]]:
     """Drops a log's rows behind `step`; returns the others."""
     lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else [""]
@@ -181,6 +209,11 @@ def _full(path: Path, error: OSError) -> OSError | UserError:
 def _finite(value: float) -> float | None:
     """JSON has no NaN: what is not finite is null."""
     return value if value == value and abs(value) != float("inf") else None
+
+
+def device_name(device: torch.device) -> str:
+    """The card's name, or cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def peak_memory_gib(device: torch.device) -> float:

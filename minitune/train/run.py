@@ -5,35 +5,40 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from contextlib import closing
+from collections import deque
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from minitune.checkpoint import adapter, resume
 from minitune.checkpoint.folder import copy_tokenizer, moved_into, save_hub_folder, write_text
-from minitune.checkpoint.weights import choose_device
 from minitune.config import TrainConfig, UserError, to_yaml
 from minitune.data.loader import Loader, StepBatch
 from minitune.model.decoder import Decoder
-from minitune.train import fast, full
+from minitune.train import fast, full, parallel, zero_config
 from minitune.train.ahead import Loading
 from minitune.train.checks import check_output, check_settings
 from minitune.train.clock import Clock, process_seconds
 from minitune.train.graph import CapturedStep
 from minitune.train.optim import AdamW, learning_rate_at
 from minitune.train.optim8 import AdamW8
-from minitune.train.prepare import Prepared, build, count_steps, describe, make_loader, prepare, training_dtype
-from minitune.train.report import Report, peak_memory_gib
+from minitune.train.parallel import ALONE, Team
+from minitune.train.prepare import Prepared, build, count_steps, describe, make_loader, prepare, resolved
+from minitune.train.report import Report, Silent, device_name, peak_memory_gib
+from minitune.train.sharded import Alone, Sharded, sharded_of
 from minitune.train.state import check_same, identity
 from minitune.train.step import TrainStep, held_out_loss
-from minitune.train.stop import Best, Interrupt, Stopped, go_on, memory_said
+from minitune.train.stop import Best, Interrupt, Stopped, go_on, how_to_go_on, memory_said
 from minitune.train.track import Trackers
 from minitune.train.view import About, choose
 from minitune.train.watch import Answer, Watch
+
+if TYPE_CHECKING:
+    from minitune.train.zero import Zero
 
 
 def train(config: TrainConfig, quiet: bool = False, answer: Answer | None = None, program: str = "") -> dict[str, Any]:
@@ -45,58 +50,60 @@ def train(config: TrainConfig, quiet: bool = False, answer: Answer | None = None
     started = time.perf_counter()
     clock = Clock("data")
     clock.seconds["start"] = process_seconds()
-    check_settings(config)
     output = Path(config.output)
-    checkpoint = check_output(output, config)
-    fast.settle_memory()
-    device = choose_device(config.device)
-    if device.index is not None and device.type == "cuda":
-        torch.cuda.set_device(device)  # kernels and captures take the current one
-    with memory_said(config, device) as memory, Loading(config, device) as loading:
-        ready = prepare(config, loading.begin)
-        memory.longest = ready.learn.longest
-        config = dataclasses.replace(
-            config,
-            template=ready.template.config,
-            learning_rate=config.resolved_learning_rate,
-            eval_fraction=ready.fraction,
-            eval_rows=0,
-            dtype=str(training_dtype(config, device)).removeprefix("torch."),  # type: ignore[arg-type]
-        )
-        clock.begin("model")
-        loaded = loading.result()
-        if config.method == "full":
-            optim, _ = full.choose(config, loaded, full.load_of(config, ready.learn))
-            memory.config = config = dataclasses.replace(config, optim=optim)
-        decoder, optimizer, step = build(config, ready, loaded)
-        watch = Watch(config, ready.template, ready.tokenizer, decoder.config.max_position_embeddings, answer)
-        loader = make_loader(config, ready.learn, device)
-        total, per_epoch = count_steps(config, loader)
-        full.check_packs(config, loader, per_epoch, total)
-        title = f"{config.model} · {config.method} → {config.output}"
-        about = About(total, config.num_train_epochs, title, bool(len(ready.held_out)), watch.prompts)
-        report = Report(output, total, config.logging_steps, device, choose(about, quiet), step.loss_scale is not None)
-        run = Run(config, ready, decoder, optimizer, step, loader, report, watch, total, per_epoch, clock, program)
-        try:
-            if config.resume:
-                run.restore(checkpoint)
-            for line in [*ready.lines, *describe(config, decoder, step, total, loader)]:
-                report.say(line)
-            if device.type == "cuda" and run.done < total:
-                clock.begin("capture")
-                loading.compiled()
-                run.step, line = fast.quicken(step, loader, per_epoch, total)
-                report.say(line)
-            clock.begin("steps")
-            with Interrupt(report.view.stopping) as interrupt:
-                run.loop(interrupt)
-                with clock.during("saving"):
-                    summary = run.finish(started)
-            if config.profile:
-                report.say(clock.line())
-            return summary
-        finally:
-            report.close()
+    with parallel.join(config, lambda: how_to_go_on(config, program)) as team:
+        with team.together():
+            check_settings(config)
+            checkpoint = check_output(output, config)
+            fast.settle_memory()
+            device = team.device(config.device)
+        with memory_said(config, device) as memory, Loading(config, device) as loading:
+            with team.together():
+                ready = prepare(config, loading.begin)
+                lines = zero_config.preflight(config, ready.base) if config.deepspeed else []
+            if team.size > 1:
+                team.same("the rows of data", (ready.fingerprint, ready.held_out.digest()))
+                team.same("the newest checkpoint", checkpoint and checkpoint.name)
+            memory.longest = ready.learn.longest
+            config = resolved(config, ready, device)
+            clock.begin("model")
+            loaded = loading.result()
+            if config.method == "full":
+                optim = full.optim_of(config, loaded, ready.learn, alone=team.size == 1 and not config.deepspeed)
+                memory.config = config = dataclasses.replace(config, optim=optim)
+            decoder, optimizer, step = build(config, ready, loaded, team)
+            watch = Watch(config, ready.template, ready.tokenizer, decoder.config.max_position_embeddings, answer)
+            loader = make_loader(config, ready.learn, device, team=team)
+            total, per_epoch = count_steps(config, loader)
+            full.check_packs(config, loader, per_epoch, total)
+            title = f"{config.model} · {config.method} → {config.output}"
+            about = About(total, config.num_train_epochs, title, bool(len(ready.held_out)), watch.prompts)
+            kind, view = (Report, choose(about, quiet)) if team.first else (Silent, choose(about, True))
+            report = kind(output, total, config.logging_steps, device, view, step.loss_scale is not None)
+            team.closing(report.view.close)
+            run = Run(config, ready, decoder, optimizer, step, loader, report, watch, total, per_epoch, clock, program)
+            run.team, run.sharded = team, sharded_of(step)
+            try:
+                if config.resume:
+                    run.restore(checkpoint)
+                lines = [*ready.lines, *lines, *getattr(run.sharded, "lines", ())]
+                for line in [*lines, *describe(config, decoder, step, total, loader)]:
+                    report.say(line)
+                if device.type == "cuda" and run.done < total and team.size == 1 and not run.sharded:
+                    clock.begin("capture")
+                    loading.compiled()
+                    run.step, line = fast.quicken(step, loader, per_epoch, total)
+                    report.say(line)
+                clock.begin("steps")
+                with Interrupt(report.view.stopping) as interrupt:
+                    run.loop(interrupt)
+                    with clock.during("saving"):
+                        summary = run.finish(started)
+                if config.profile:
+                    report.say(clock.line())
+                return team.all_of(summary)[0]
+            finally:
+                report.close()
 
 
 @dataclass
@@ -118,29 +125,35 @@ class Run:
     done: int = 0
     saved: int = 0
     tokens: int = 0
+    team: Team = ALONE
+    sharded: Sharded | Zero | None = None  # where no process holds all of what learns
 
     def __post_init__(self) -> None:
         self.best = Best(self.config.early_stopping_patience, self.config.early_stopping_threshold)
 
     def loop(self, interrupt: Interrupt) -> None:
         """Every step of every epoch, from where the run stands."""
-        output = Path(self.config.output)
-        output.mkdir(parents=True, exist_ok=True)
-        write_text(output / "run.yaml", self.settings_text)
-        self.report.start(self.done, self.best.step, Trackers(self.config, self.done, self.report.say))
+        trackers = None
+        if self.team.first:
+            output = Path(self.config.output)
+            output.mkdir(parents=True, exist_ok=True)
+            write_text(output / "run.yaml", self.settings_text)
+            trackers = Trackers(self.config, self.done, self.report.say)
+        self.report.start(self.done, self.best.step, trackers)
         if self.done == 0:
             self.answer(0.0)
         every = ((epoch, i) for epoch, steps in enumerate(self.per_epoch) for i in range(steps))
         places = islice(every, self.done, self.total)
         with closing(fast.batches(self.loader.batch, places, self.decoder.device.type == "cuda")) as batches:
             for (epoch, i), batch in batches:
-                if self.best.stop or interrupt.wanted:
+                if self.best.stop or self.team.any(interrupt.wanted):
                     break
                 self.one(batch, epoch + (i + 1) / self.per_epoch[epoch])
         self.report.flush()
         if self.done < self.total and not self.best.stop:
             self.save()
-            raise Stopped(f"stopped at step {self.done}; {go_on(self.config, self.program)}")
+            how = go_on(self.config, self.program)
+            raise self.team.for_all(Stopped(f"stopped at step {self.done}; {how}"))
 
     def one(self, batch: StepBatch, epoch: float) -> None:
         """One step and what is due after it. A checkpoint comes last: a resumed run repeats nothing of its step."""
@@ -173,15 +186,17 @@ class Run:
         self.report.view.busy("held-out loss …")
         device = self.decoder.device
         with self.clock.during("held-out loss"):
-            batches = list(make_loader(self.config, self.ready.held_out, device, shuffle=False).batches())
-            loss = held_out_loss(self.decoder, batches)
+            loader = make_loader(self.config, self.ready.held_out, device, shuffle=False, team=self.team)
+            loss = held_out_loss(
+                self.decoder, list(loader.batches()), self.team.sum, getattr(self.sharded, "loss", None)
+            )
         better = self.best.take(self.done, loss)
         self.report.evaluated(self.done, loss, better)
         return better
 
     def answer(self, epoch: float) -> None:
         """The sample prompts, answered by the weights of now. What goes wrong there is no fault of the run."""
-        if not self.watch.prompts:
+        if not self.watch.prompts or not self.team.first:
             return
         self.report.flush()
         self.report.view.busy("answering the prompts …")
@@ -198,12 +213,16 @@ class Run:
         """A checkpoint of this step, once; never of weights that a bad value may have reached."""
         if self.saved == self.done:
             return
+        self.saved = self.done
+        if not self.team.first:
+            self.help_saving(checkpoint=True)
+            return
         self.report.flush()
         self.report.view.busy(f"saving checkpoint-{self.done} …")
         state = {
             "step": self.done,
             "tokens": self.tokens,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": None if self.sharded else self.optimizer.state_dict(),
             "loss_scale": self.step.loss_scale.state_dict() if self.step.loss_scale else None,
             "best": self.best.state_dict(),
             **identity(self.config, self.ready),
@@ -211,10 +230,20 @@ class Run:
         keep = self.best.step if self.config.load_best_model_at_end else 0
         saved = resume.saved(Path(self.config.output), self.done, state, self.config.save_total_limit, keep)
         with self.clock.during("saving"), saved as part:
+            if self.sharded:
+                self.team.all_of(str(part))
+                self.sharded.save(part, self.optimizer)
             self.write(part)
             write_text(part / "run.yaml", self.settings_text)
         self.report.pause()
-        self.saved = self.done
+
+    def help_saving(self, checkpoint: bool) -> None:
+        """What a process that does not speak does meanwhile: it writes its moments into the checkpoint that the first
+        one makes, and hands out its slices of the weights."""
+        if self.sharded and checkpoint:
+            self.sharded.save(Path(self.team.all_of("")[0]), self.optimizer)
+        if self.sharded:
+            self.write(None)
 
     @property
     def base_name(self) -> str:
@@ -226,14 +255,21 @@ class Run:
         """run.yaml: the same run again, or its resumption with --resume."""
         return to_yaml(dataclasses.replace(self.config, resume=""))
 
-    def write(self, folder: Path) -> None:
-        """What was learned, as other programs open it, with its tokenizer and template."""
+    def write(self, folder: Path | None) -> None:
+        """What was learned, as other programs open it, with its tokenizer and template. None: another process writes,
+        and this one gives its part."""
+        whole = self.sharded.tensors() if self.sharded else None
         if self.decoder.lora_config is not None:
-            adapter.save_adapter(self.decoder, folder, self.base_name)
-            copy_tokenizer(self.ready.base, folder)
+            with self.sharded.gathered() if self.sharded else nullcontext():
+                if folder is not None:
+                    adapter.save_adapter(self.decoder, folder, self.base_name)
+                    copy_tokenizer(self.ready.base, folder)
+        elif folder is not None:
+            save_hub_folder(self.decoder, self.ready.base, folder, whole)
         else:
-            save_hub_folder(self.decoder, self.ready.base, folder)
-        self.ready.template.save(folder)
+            deque(whole or (), maxlen=0)
+        if folder is not None:
+            self.ready.template.save(folder)
 
     def restore(self, folder: Path | None) -> None:
         """Puts the run back where its checkpoint stood; None: at its beginning."""
@@ -243,8 +279,8 @@ class Run:
             return
         state = resume.read_state(folder)
         notes = check_same(folder, state, self.config, self.ready)
-        resume.load_weights(folder, self.decoder)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.load_weights(folder)
+        (self.sharded or Alone(self.decoder)).load(folder, state["optimizer"], self.optimizer)
         if self.step.loss_scale and state["loss_scale"]:
             self.step.loss_scale.load_state_dict(state["loss_scale"])
         if "best" in state:
@@ -256,6 +292,13 @@ class Run:
         for line in [f"going on from {folder}", *notes]:
             self.report.say(line)
 
+    def load_weights(self, folder: Path) -> None:
+        """What was learned, from a checkpoint."""
+        if self.sharded:
+            self.sharded.load_weights(folder)
+        else:
+            resume.load_weights(folder, self.decoder)
+
     def finish(self, started: float) -> dict[str, Any]:
         """Writes the result and summary.json."""
         output = Path(self.config.output)
@@ -265,10 +308,13 @@ class Run:
         if self.config.load_best_model_at_end and self.best.step not in (0, self.done):
             best = output / f"checkpoint-{self.best.step}"
             if (best / resume.STATE).is_file():
-                resume.load_weights(best, self.decoder)
+                self.load_weights(best)
                 held = self.best.loss
             else:
                 self.report.say(f"note: {best} is gone; {output} holds the weights of step {self.done} instead")
+        if not self.team.first:
+            self.help_saving(checkpoint=False)
+            return {}
         with moved_into(output) as part:
             self.write(part)
         if isinstance(self.step, CapturedStep) and (plain := self.step.plain_steps):
@@ -288,12 +334,7 @@ class Run:
             "peak_memory_gib": round(peak_memory_gib(self.decoder.device), 3),
             "method": self.config.method,
             "dtype": str(self.decoder.dtype).removeprefix("torch."),
-            "device": self.device_name,
+            "device": device_name(self.decoder.device),
         }
         write_text(output / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False))
         return summary
-
-    @property
-    def device_name(self) -> str:
-        device = self.decoder.device
-        return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

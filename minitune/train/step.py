@@ -6,7 +6,9 @@ Nothing here waits for the device: what a person sees comes back as device scala
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +31,16 @@ class StepResult:
     loss: Tensor
     grad_norm: Tensor
     skipped: Tensor
+
+
+class Sharing(Protocol):
+    """How the processes of a run make one step of theirs."""
+
+    def gather(self, parameters: Sequence[Tensor], loss: Tensor) -> Tensor:
+        """The step's loss, of this process's part of it; the gradients of `parameters` become the step's."""
+
+    def norm(self, norm: Tensor) -> Tensor:
+        """The norm of the whole gradient, of that of this process's `parameters`."""
 
 
 def layout_of(pack: Pack, decoder: Decoder) -> PackedLayout:
@@ -66,7 +78,8 @@ def recompute_layers(decoder: Decoder) -> None:
 class TrainStep:
     """`step(batch, rate)` trains on one batch and returns a `StepResult`.
 
-    dropout: probability, drawn from (seed, step, token). max_grad_norm: 0 never clips.
+    dropout: probability, drawn from (seed, step, token). max_grad_norm: 0 never clips. sharing: what joins this
+    process's gradients with the others' (`parallel`), where there are others.
     """
 
     def __init__(
@@ -78,9 +91,10 @@ class TrainStep:
         seed: int = 0,
         max_grad_norm: float = 1.0,
         loss_scale: LossScale | None = None,
+        sharing: Sharing | None = None,
     ):
         self.decoder, self.optimizer, self.loss_scale = decoder, optimizer, loss_scale
-        self.dropout, self.seed, self.max_grad_norm = dropout, seed, max_grad_norm
+        self.dropout, self.seed, self.max_grad_norm, self.sharing = dropout, seed, max_grad_norm, sharing
         self.step_index = torch.zeros((), dtype=torch.int64, device=decoder.device)
         self.chunk = chunk_of(decoder)
 
@@ -104,7 +118,7 @@ class TrainStep:
             part = pack_loss(self.decoder, pack, self._dropout(pack), self.chunk) * share
             (part if self.loss_scale is None else part * self.loss_scale.scale).backward()
             loss += part.detach()
-        return self._update(loss)
+        return self._update(loss if self.sharing is None else self.sharing.gather(self.optimizer.parameters, loss))
 
     def _dropout(self, pack: Pack) -> Dropout | None:
         if not self.dropout:
@@ -114,6 +128,8 @@ class TrainStep:
     def _update(self, loss: Tensor) -> StepResult:
         grads = [p.grad for p in self.optimizer.parameters if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, torch.float32)))
+        if self.sharing is not None:
+            norm = self.sharing.norm(norm)
         divisor = torch.ones_like(norm) if self.loss_scale is None else self.loss_scale.scale.clone()
         norm = norm / divisor
         if self.max_grad_norm:  # the Trainer's clipping: by max / (norm + 1e-6), never upwards
@@ -128,16 +144,24 @@ class TrainStep:
 
 
 @torch.no_grad()
-def held_out_loss(decoder: Decoder, batches: list[StepBatch]) -> float:
-    """The mean cross-entropy (nats) over all supervised tokens of these batches, dropout off."""
+def held_out_loss(
+    decoder: Decoder,
+    batches: list[StepBatch],
+    add: Callable[[Tensor], Tensor] | None = None,
+    forward: Callable[[Pack], Tensor] | None = None,
+) -> float:
+    """The mean cross-entropy (nats) over all supervised tokens of these batches, dropout off. add: the sum over all
+    processes, where these batches are one's share. forward: a pack's loss, where the decoder can't be called."""
     training, stack = decoder.training, decoder.stack
     decoder.eval()
     if stack is not None:
         stack.refresh()  # the last update came after the last step's
         stack.flat.requires_grad_(False)  # else the stack would keep what a backward needs
     chunk = chunk_of(decoder)
-    parts = [pack_loss(decoder, pack.to(decoder.device), None, chunk) for b in batches for pack in b.packs]
+    forward = forward or (lambda pack: pack_loss(decoder, pack, None, chunk))
+    parts = [forward(pack.to(decoder.device)) for b in batches for pack in b.packs]
     decoder.train(training)
     if stack is not None:
         stack.flat.requires_grad_(True)
-    return float(torch.stack(parts).double().sum()) / sum(b.supervised for b in batches)
+    total = torch.stack(parts).double().sum()
+    return float(total if add is None else add(total)) / sum(b.supervised for b in batches)

@@ -101,9 +101,22 @@ def go_on(config: TrainConfig, program: str) -> str:
     return f'go on with: minitune.train(dataclasses.replace(config, resume="auto")), or in a terminal: {shell}'
 
 
+def how_to_go_on(config: TrainConfig, program: str) -> str:
+    """What to do where the run could not end itself: the last checkpoint and the command."""
+    last = resume.newest(Path(config.output))
+    return f"{last} is good; {go_on(config, program)}" if last else "nothing was saved yet: start the run again"
+
+
+def local_size() -> int:
+    """The run's processes on this machine, as torchrun or DeepSpeed's launcher says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
 def program() -> str:
     """How this process was started, as one would start it again."""
     name = os.path.basename(sys.argv[0])
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        return f"torchrun --nproc-per-node {local_size()} -m minitune"
     return f"{shlex.quote(sys.executable)} -m minitune" if name == "__main__.py" else "minitune"
 
 

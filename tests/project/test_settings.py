@@ -86,7 +86,10 @@ MEANINGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     # the tutorial's LoraConfig and TrainingArguments: our own names and defaults
     ({"r": 8, "lora_alpha": 32, "task_type": "TaskType.CAUSAL_LM", "inference_mode": False}, {"lora_r": 8, "lora_alpha": 32.0}),
     ({"LoraConfig.r": 4, "TrainingArguments.num_train_epochs": 1}, {"lora_r": 4, "num_train_epochs": 1.0}),
-    ({"deepspeed": "./ds_config.json", "save_on_each_node": "True", "logging_steps": "10"}, {"logging_steps": 10}),
+    (
+        {"deepspeed": "./ds_config.json", "save_on_each_node": "True", "logging_steps": "10"},
+        {"deepspeed": "./ds_config.json", "logging_steps": 10},
+    ),
     ({"target_modules": ["q_proj", "v_proj"]}, {"lora_target_modules": ("q_proj", "v_proj")}),
     ({"target_modules": r".*\.(q|v)_proj"}, {"lora_target_modules": r".*\.(q|v)_proj"}),
     ({"lr_scheduler_type": "SchedulerType.COSINE"}, {"lr_scheduler_type": "cosine"}),
@@ -403,7 +406,7 @@ eval_steps: 2
 TUTORIAL_FLAGS = (
     "--model_path {model} --dataset {data}/rows.json --output_dir={output} --per_device_train_batch_size=2 "
     "--gradient_accumulation_steps=2 --logging_steps=10 --num_train_epochs=1 --save_steps=500 --learning_rate=1e-4 "
-    "--save_on_each_node=True --deepspeed ./ds_config.json --task_type CAUSAL_LM --target_modules q_proj v_proj "
+    "--save_on_each_node=True --task_type CAUSAL_LM --target_modules q_proj v_proj "
     "--inference_mode False --r 8 --lora_alpha 32 --lora_dropout 0.1"
 )
 SWIFT_FLAGS = (

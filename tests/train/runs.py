@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -71,3 +72,46 @@ def in_terminal(argv: list[str], tty: str, environment: dict[str, str], seconds:
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
     sys.argv[0] = "/usr/bin/minitune"
     sys.exit(main(argv))
+
+
+def one_of(argv: list[str], log: str, rank: int, size: int, port: int) -> None:
+    """The body of a process: one minitune command as a launcher starts it, rank `rank` of `size`."""
+    from talker import command
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    torch.set_num_threads(1)
+    command(argv, f"{log}.{rank}")
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+class Launch:
+    """`size` processes of one command, started at once; what each says is in `said`, by rank."""
+
+    def __init__(self, processes: Any, folder: Path, argvs: list[list[str]], missing: int = 0):
+        """missing: processes that the others wait for, and that are never started."""
+        self.log, port, size = folder / f"said-{time.monotonic_ns()}", free_port(), len(argvs) + missing
+        make = processes.Process
+        self.ranks = [make(target=one_of, args=(argv, str(self.log), r, size, port)) for r, argv in enumerate(argvs)]
+        for process in self.ranks:
+            process.start()
+
+    def codes(self, seconds: float = 100.0) -> list[int | None]:
+        """The exit codes of all; None for one that is not over in time, which is ended."""
+        end = time.monotonic() + seconds
+        for process in self.ranks:
+            process.join(max(0.0, end - time.monotonic()))
+        codes = [process.exitcode for process in self.ranks]
+        for process in self.ranks:
+            process.kill()
+        return codes
+
+    @property
+    def said(self) -> list[str]:
+        paths = [Path(f"{self.log}.{rank}") for rank in range(len(self.ranks))]
+        return [path.read_text(encoding="utf-8") if path.is_file() else "" for path in paths]
