@@ -155,8 +155,11 @@ class FullStack(FusedStack):
     def _add_head(self, d_logits_PW: Tensor, h_PH: Tensor, sink: Sink, beta: float | None) -> None:
         """The head's gradient; beta: what the sink says where it is None."""
         place, its = sink.place(0 if self.tied else len(self.matrices) - 1)
-        vocab = place.shape[0]
-        place.addmm_(d_logits_PW[:, :vocab].t(), h_PH, beta=its if beta is None else beta)
+        vocab, beta = place.shape[0], its if beta is None else beta
+        whole = vocab - vocab % 8  # of an odd width, the library's kernels for old cards would take the product
+        for some in (slice(0, whole), slice(whole, vocab)):
+            if some.start < some.stop:
+                place[some].addmm_(d_logits_PW[:, some].t(), h_PH, beta=beta)
 
     def layer_forward(self, i: int, x: Tensor, y: Tensor | None, ctx: Context) -> tuple[Tensor, Tensor, Kept]:  # type: ignore[override]
         x1, (_, _, qkv, state, out), _ = self.attention(i, x, y, ctx)
