@@ -76,10 +76,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 @contextmanager
 def quiet_but_for_the_first() -> Iterator[None]:
     """Of several processes that a launcher started, rank 0 alone speaks; an error of another one is not held back."""
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+    with (
+        open(os.devnull, "w", encoding="utf-8", errors="replace") as nowhere,
+        redirect_stdout(nowhere),
+        redirect_stderr(nowhere),
+    ):
         yield
 
 

@@ -243,14 +243,14 @@ class Captured:
         return graph.replay
 
     def _contract(self) -> Contract:
-        """Weights, cache and columns."""
+        """Weights, adapters, cache and columns."""
         slots = self.slots
         places: list[tuple[str, Callable[[], Tensor | None]]] = []
         for name, module in slots.decoder.named_modules():
             for held in (module._parameters, module._buffers):
                 there = [key for key, tensor in held.items() if tensor is not None and not tensor.is_mkldnn]
                 places += [(f"{name}.{key}", partial(held.get, key)) for key in there]
-        for name in ("token_S", "position_S", "table_SP"):
-            places.append((name, partial(getattr, slots, name)))
+        columns = [name for name in vars(slots) if name.endswith(("_S", "_SP"))]
+        places += [(name, partial(getattr, slots, name)) for name in columns]
         places += [(name, partial(getattr, slots.cache, name)) for name in ("keys", "values")]
         return Contract(places)

@@ -108,6 +108,7 @@ def which(model: str | None, adapter: str | None) -> tuple[str, str | None]:
     """(model, adapter): the model defaults to the adapter's base; an adapter may be given as the model."""
     from minitune.checkpoint.adapter import CONFIG
 
+    model, adapter = (os.path.expanduser(name) if name else name for name in (model, adapter))
     if model and not adapter and (Path(model) / CONFIG).is_file() and not (Path(model) / "config.json").is_file():
         model, adapter = None, model
     if not adapter:

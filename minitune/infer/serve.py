@@ -121,6 +121,7 @@ def models_of(model: str | None, adapters: Sequence[str]) -> tuple[str, dict[str
 
 def public_name(model: str) -> str:
     """A folder is called by its own name, a GGUF file by its own without the ending, a hub's model by its whole one."""
+    model = os.path.expanduser(model)
     if os.path.isfile(model):
         return Path(model).stem
     return Path(model).resolve().name if os.path.isdir(model) else model

@@ -69,21 +69,37 @@ class Slots:
     def prepare(self, all_usual: bool) -> bool:
         """Compiles what reads prompts, or records a captured step, one that was asked for or any usual one; False:
         there is nothing to prepare."""
-        by_hand, captured = self.by_hand, self.captured
+        if self._prepare_prompts(all_usual):
+            return True
+        captured = self.captured
         try:
-            if by_hand is not None and (all_usual or by_hand.asked) and by_hand.prepare():
-                if self.contract is None and captured is not None:
-                    self.contract = captured.contract = captured.contract or captured._contract()
-                return True
             return captured is not None and captured.prepare(all_usual)
         except Exception as error:  # no memory, a compiler that fails: answers are given all the same
             if captured is not None:
                 captured.drop()
-            if by_hand is not None and not by_hand.ready:
-                self.by_hand = None
             self.captured, self.plainly = None, f"{type(error).__name__}: {error}"
             warnings.warn(f"decoding stays plain, which is slow: {self.plainly}", stacklevel=2)
             return False
+
+    def _prepare_prompts(self, all_usual: bool) -> bool:
+        by_hand, captured = self.by_hand, self.captured
+        if by_hand is None or not (all_usual or by_hand.asked):
+            return False
+        try:
+            if not by_hand.prepare():
+                return False
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"
+            if by_hand.ready:
+                by_hand.left.clear()
+                warnings.warn(f"prompts are launched kernel by kernel: {what}", stacklevel=3)
+            else:
+                self.by_hand = None
+                warnings.warn(f"prompts are read plainly, which is slow: {what}", stacklevel=3)
+            return False
+        if self.contract is None and captured is not None:
+            self.contract = captured.contract = captured.contract or captured._contract()
+        return True
 
     def place(self, sequence: Sequence) -> None:
         """Writes an admitted sequence's row, and copies the page that it takes over."""

@@ -1,9 +1,9 @@
 """A decode step by hand: the next token's scores of a few sequences at once, all shapes static, nothing waited for.
 
 What `Decoder.hidden` and `head` compute with `cache.DecodeLayout`, in few launches and with sums in float32 up to the
-next stored value: five a layer for one row (`decode_kernels`), eight for more, whose multiplications are the
-library's. Rows are slots: everything about a row lies in columns by slot (`Columns`), which the step reads and moves
-on, so that it can be captured once and replayed (`infer.captured`).
+next stored value: five a layer for one row (`decode_kernels`), seven for more (`decode_rows`). Rows are slots:
+everything about a row lies in columns by slot (`Columns`), which the step reads and moves on, so that it can be
+captured once and replayed (`infer.captured`).
 
 Legend: B rows, S slots, P pages of a sequence, H hidden, X = (N + 2 K) · D, F FFN width, V vocabulary.
 """

@@ -43,7 +43,7 @@ if AVAILABLE:
         first = split * BK  # the splits' blocks lie side by side: what is read at one time is one run of memory
         w_ptrs = w_ptr + row[:, None] * w_stride
         up = outputs.to(tl.int64) * w_stride
-        if PDL and EARLY > 0:
+        if PDL and EARLY >= 64:
             line = tl.arange(0, EARLY // 64)[None, :] * 64 + split * EARLY  # 64 numbers of half precision a line
             _soon(w_ptrs + tl.minimum(line, X - 1))
             if SILU:

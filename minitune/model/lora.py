@@ -240,6 +240,11 @@ class LoraStack(nn.Module):
     multiplications of static shape, between which a row keeps its own adapter's columns.
     """
 
+    A: Tensor
+    B: Tensor
+    owner_C: Tensor
+    scale_C: Tensor
+
     def __init__(self, out_features: int, loras: Sequence[Lora | None], choice: Choice, dtype: torch.dtype):
         super().__init__()
         self.choice = choice
@@ -254,9 +259,11 @@ class LoraStack(nn.Module):
             at += lora.A.shape[0]
         columns = torch.tensor([lora.A.shape[0] for _, lora in held], device=device)
         order = packed if packable(device, dtype) else Tensor.contiguous
-        self.A, self.B = order(A.to(dtype)), order(B.to(dtype))
-        self.owner_C = torch.tensor([i for i, _ in held], device=device).repeat_interleave(columns)
-        self.scale_C = torch.tensor([lora.scale for _, lora in held], device=device).repeat_interleave(columns)
+        owner_C = torch.tensor([i for i, _ in held], device=device).repeat_interleave(columns)
+        scale_C = torch.tensor([lora.scale for _, lora in held], device=device).repeat_interleave(columns)
+        tensors = {"A": order(A.to(dtype)), "B": order(B.to(dtype)), "owner_C": owner_C, "scale_C": scale_C}
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, x_TI: Tensor, y_TO: Tensor, dropout: Dropout | None = None) -> Tensor:
         index_T = self.choice.index_T

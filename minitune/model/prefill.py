@@ -98,7 +98,7 @@ class Prefill:
     """
 
     def __init__(self, decoder: Decoder, cache: PagedCache, columns: Columns, limit: int, choice: Choice | None = None):
-        self.choice = choice
+        self.choice, self.limit = choice, limit
         self.decoder, self.cache, self.columns = decoder, cache, columns
         config = decoder.config
         self.heads, self.kv_heads, self.head_dim = (
@@ -128,13 +128,14 @@ class Prefill:
         self.asked = False
         if not self.ready:
             if self.cuda:
-                self.run([Piece(self.idle, 0, [0] * pages.PAGE, True)])
+                self.run([Piece(self.idle, 0, [0] * min(pages.PAGE, self.limit), True)])
             self.ready = True
             return True
         if not self.left:
             return False
-        size, adapters = self.left.pop(0)
+        size, adapters = self.left[0]
         self.recorded[size, adapters] = self._record(size, adapters)
+        self.left.remove((size, adapters))  # now: what is broken off is recorded later
         return True
 
     def run(self, pieces: Sequence[Piece], adapters: bool = False) -> Tensor | None:

@@ -49,7 +49,9 @@ def imported() -> None:
 
 def wake(device: str) -> None:
     """Begins CUDA's start (its driver, the card's context: a second or more) in a thread: torch, whose import takes
-    longer, will find and use the same context. `device` as in the settings; what can't be done is left to torch."""
+    longer, will find and use the same context. `device` as in the settings (of several processes, each has its own);
+    what can't be done is left to torch."""
+    own = device.partition(":")[2] or os.environ.get("LOCAL_RANK") or "0"
 
     def run() -> None:
         with suppress(Exception):
@@ -57,7 +59,7 @@ def wake(device: str) -> None:
             number, context = ctypes.c_int(), ctypes.c_void_p()
             _ = (
                 cuda.cuInit(0)
-                or cuda.cuDeviceGet(ctypes.byref(number), int(device.partition(":")[2] or 0))
+                or cuda.cuDeviceGet(ctypes.byref(number), int(own))
                 or cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), number)
             )
 

@@ -140,8 +140,7 @@ def quicken(
     several = total - len(plan)
     if not len(plan):
         return step, "plain step: every step is several packs; raise --tokens_per_pack to have it captured"
-    # by hand the gradients have their places; else a plain step's would lie beside the graph's
-    if several and decoder.lora_config is None and not step.by_hand:
+    if several and decoder.lora_config is None:  # a plain step's memory would lie beside the graph's
         what = f"every parameter learns, and {several:,} steps are several packs, which would take the memory twice"
         return step, f"plain step: {what}; raise --tokens_per_pack to have it captured"
     sizes = [(t, d, s) for t, d, s in plan[:, 2:].tolist()]

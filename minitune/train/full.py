@@ -32,6 +32,8 @@ def choose(config: TrainConfig, decoder: Decoder, load: Load) -> tuple[Optim, in
         return names[0], most
     if decoder.dtype == torch.float16:
         names = names[:1]
+    if load.several and config.optim == "auto":  # inside backward a step is one pack
+        names = names[:2]
     free = 0.9 * torch.cuda.mem_get_info(decoder.device)[0]
 
     def fits(name: Optim, whole: int) -> bool:
@@ -54,7 +56,7 @@ def load_of(config: TrainConfig, rows: EncodedRows) -> Load:
     step = config.tokens_per_step or int(lengths[order].sum())
     tokens = max(rows.longest, min(config.tokens_per_pack, step))
     share = max(float(supervised.sum() / lengths.sum()), float(supervised[order].sum() / lengths[order].sum()))
-    return Load(tokens, min(tokens, int(1.2 * share * tokens) + 1), rows.longest)
+    return Load(tokens, min(tokens, int(1.2 * share * tokens) + 1), rows.longest, step > tokens)
 
 
 def equip(

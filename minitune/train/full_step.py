@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -113,6 +114,14 @@ class FullStep(TrainStep):
     @property
     def by_hand(self) -> bool:
         return self.stack is not None
+
+    def places(self) -> list[tuple[str, Callable[[], Tensor]]]:
+        if self.stack is None or self.sink is None:
+            return []
+        kind = "grads" if isinstance(self.sink, Buffer) else "scratch"
+        held = getattr(self.sink, kind)
+        places = [(f"{kind} {i}", partial(held.__getitem__, i)) for i in range(len(held))]
+        return [*places, *((name, partial(getattr, self.stack, name)) for name in ("parts_SX", "norm_grad"))]
 
     def _used(self, index: int, matrix: Tensor) -> None:
         """A gradient of autograd's is there."""

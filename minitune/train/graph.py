@@ -84,7 +84,7 @@ class Contract(contract.Contract):
                 places.append((f"{name}.{key}", partial(module._buffers.get, key)))
         for i, parameter in enumerate(step.optimizer.parameters):
             places.append((f"gradient {i}", partial(getattr, parameter, "grad")))
-        places += [*step.optimizer.places(), ("step_index", partial(getattr, step, "step_index"))]
+        places += [*step.places(), *step.optimizer.places(), ("step_index", partial(getattr, step, "step_index"))]
         if step.loss_scale is not None:
             places += [(f"loss scale's {key}", partial(getattr, step.loss_scale, key)) for key in ("scale", "good")]
         return Contract(places)

@@ -75,11 +75,12 @@ def beyond_weights(decoder: Decoder, tokens: int, kernel: Kernel, by_hand: bool,
 
 
 class Load(NamedTuple):
-    """The largest pack of a run: its tokens, supervised positions, longest document."""
+    """The largest pack of a run: its tokens, supervised positions, longest document. several: a step may be more."""
 
     tokens: int
     positions: int
     longest: int
+    several: bool = False
 
 
 def beyond_weights_full(decoder: Decoder, load: Load, optim: str, whole: int) -> int:

@@ -138,4 +138,5 @@ class AdamW8:
     def places(self) -> list[tuple[str, Callable[[], Any]]]:
         """What a captured step reads and writes, each by its name and how it is found."""
         names = ("rate", "count", "squares", "work", "joined", *BYTES, *FLOATS)
-        return [(name, partial(getattr, self, name)) for name in names]
+        rule = [(name, partial(getattr, self.rule, name)) for name in ("hyper", "key", "bad")]
+        return [*((name, partial(getattr, self, name)) for name in names), *rule]

@@ -198,7 +198,8 @@ def wants_recompute(config: TrainConfig, decoder: Decoder, rows: EncodedRows) ->
     step = config.tokens_per_step or int(np.sort(rows.lengths)[-config.rows_per_step :].sum())
     tokens = max(rows.longest, min(config.tokens_per_pack, step))
     kernel = choose_kernel(decoder.device, decoder.dtype, decoder.config.head_dim, rows.longest)
-    needed = memory.beyond_weights(decoder, tokens, kernel, by_hand=not fast.why_plain(decoder))
+    by_hand = decoder.lora_config is not None and not config.deepspeed and not fast.why_plain(decoder)
+    needed = memory.beyond_weights(decoder, tokens, kernel, by_hand)
     return needed > 0.9 * torch.cuda.mem_get_info(decoder.device)[0]
 
 

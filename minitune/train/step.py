@@ -103,6 +103,10 @@ class TrainStep:
         """Whether the layers are written out, not autograd's."""
         return self.decoder.stack is not None
 
+    def places(self) -> list[tuple[str, Callable[[], Tensor]]]:
+        """What a captured step reads and writes beyond parameters, gradients and the optimizer's, by name."""
+        return []
+
     def __call__(self, batch: StepBatch, rate: float) -> StepResult:
         device = self.decoder.device
         self.optimizer.rate.fill_(rate)

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from minitune.checkpoint.weights import load_model
 from minitune.infer import capacity, slots
 from minitune.infer import engine as engine_module
+from minitune.infer.captured import Captured
 from minitune.infer.engine import Engine, answer_all
 from minitune.infer.request import Request
 from minitune.model import cache, kernels, lora, prefill
@@ -122,7 +123,46 @@ def test_what_can_not_be_compiled_stays_plain(
     monkeypatch.setattr(slots, "CAPTURED", ("cuda", "cpu"))
     monkeypatch.setattr(prefill.Prefill, "prepare", fails)
     engine = Engine(load_model(golden("tiny-2b"), device=DEVICE, dtype="float32"), tokenizer, slots=1, cache_tokens=400)
-    with pytest.warns(UserWarning, match="stays plain, which is slow: RuntimeError: no compiler"):
+    with pytest.warns(UserWarning, match="prompts are read plainly, which is slow: RuntimeError: no compiler"):
         assert not engine._prepare()
     (one,) = answer_all(engine, [ask([5, 9, 77], 2)])
-    assert len(one.ids) == 2 and engine.plainly == "RuntimeError: no compiler"
+    assert len(one.ids) == 2 and engine._slots.by_hand is None
+
+
+def test_a_size_that_can_not_be_recorded(
+    golden: Golden, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts are launched kernel by kernel then, and said so once; decoding is not touched."""
+
+    def fails(self: object, size: int, adapters: bool) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(slots, "CAPTURED", ("cuda", "cpu"))
+    monkeypatch.setattr(prefill.Prefill, "_record", fails)
+    engine = Engine(load_model(golden("tiny-2b"), device=DEVICE, dtype="float32"), tokenizer, slots=1, cache_tokens=400)
+    assert engine._prepare()  # compiled
+    with pytest.warns(UserWarning, match="prompts are launched kernel by kernel: RuntimeError: no memory") as said:
+        while engine._prepare():
+            pass
+        (one,) = answer_all(engine, [ask([5, 9, 77], 2)])
+    assert len(one.ids) == 2 and len(said) == 1
+    by_hand = engine._slots.by_hand
+    assert by_hand is not None and by_hand.ready and not by_hand.left and not engine.plainly
+
+
+def test_a_weight_that_was_put_elsewhere(
+    golden: Golden, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recorded prompt would read where it was."""
+    monkeypatch.setattr(slots, "CAPTURED", ("cuda", "cpu"))
+    monkeypatch.setattr(slots, "Captured", Captured)
+    given = {"a": golden("tiny-2b-lora")}
+    decoder = load_model(golden("tiny-2b"), device=DEVICE, dtype="float32")
+    engine = Engine(decoder, tokenizer, adapters=given, slots=1, cache_tokens=400)
+    while engine._slots.contract is None:
+        assert engine._prepare()
+    stacked = next(linear.lora for linear in decoder.linears() if linear.lora is not None)
+    stacked.A = stacked.A.clone()
+    engine.submit(ask([5, 9, 77], 1))
+    with pytest.raises(RuntimeError, match=r"no longer holds: .*\.A was"):
+        engine.run_until_idle()

@@ -183,7 +183,9 @@ def test_one_model_by_several_names(tmp_path: Path) -> None:
     assert not same_model("smollm2", "openbmb/MiniCPM-1B-sft-bf16")
 
 
-def test_what_cannot_be_opened_is_said_in_one_line(talker: Path, adapter: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_opened_is_said_in_one_line(
+    talker: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserError, match="no model; give --model"):
         main()
     with pytest.raises(UserError, match=f"{tmp_path}: no adapter there"):
@@ -194,6 +196,8 @@ def test_what_cannot_be_opened_is_said_in_one_line(talker: Path, adapter: Path, 
     with pytest.raises(UserError, match="base_model_name_or_path is missing; give --model"):
         main(adapter=str(adapter))
     assert which(str(talker), str(adapter)) == (str(talker), str(adapter))
+    monkeypatch.setenv("HOME", str(adapter.parent))
+    assert which(str(talker), f"~/{adapter.name}") == (str(talker), str(adapter))
     with pytest.raises(UserError, match="^[^\n]*no-such-model: no such folder[^\n]*$"):
         main("no-such-model")
 

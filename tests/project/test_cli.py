@@ -474,6 +474,16 @@ raise SystemExit(cli.process())
 """
 
 
+def test_a_rank_of_something_else_speaks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Schedulers set RANK for all that runs under them; only of several processes is one silent."""
+    monkeypatch.setenv("RANK", "1")
+    for size, speaks in (("1", True), ("2", False)):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        with pytest.raises(SystemExit):
+            cli.main(["--version"])
+        assert ("minitune" in capsys.readouterr().out) == speaks
+
+
 def test_a_process_ends_with_its_last_line() -> None:
     """The exit code and all output; what was registered runs, the interpreter's clearing up does not."""
     ran = subprocess.run([sys.executable, "-c", PROCESS, "work"], capture_output=True, text=True)

@@ -311,6 +311,25 @@ def test_captured_steps_are_steps_by_hand(optim: str, whole: int) -> None:
     assert captured.plain_steps == 0 and same(weights(one), weights(other)) and not same(weights(one), before)
 
 
+@needs_triton
+@pytest.mark.parametrize("optim", ["adamw_8bit", "adamw_8bit_in_backward"])
+def test_the_contract_knows_what_a_step_writes(monkeypatch: pytest.MonkeyPatch, optim: str) -> None:
+    monkeypatch.setattr(full, "why_plain", lambda decoder: "")
+    step = full.equip(replace(CONFIG, optim=optim), decoder_of(), 1)[1]
+    contract = graph.Contract.of(step)
+    contract.check()
+    held: list[Tensor] = step.sink.grads if optim == "adamw_8bit" else step.sink.scratch  # type: ignore[union-attr]
+    was, held[0] = held[0], held[0].clone()
+    with pytest.raises(RuntimeError, match="(grads|scratch) 0 was"):
+        contract.check()
+    held[0] = was
+    contract.check()
+    assert step.stack is not None
+    step.stack.norm_grad = step.stack.norm_grad.clone()
+    with pytest.raises(RuntimeError, match="norm_grad was"):
+        contract.check()
+
+
 def test_what_does_not_go_together_is_refused() -> None:
     step, packs = step_of("adamw_8bit_in_backward"), [pack_of([9], 1), pack_of([9], 2)]
     with pytest.raises(ValueError, match="one pack"):

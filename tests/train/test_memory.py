@@ -158,6 +158,7 @@ def test_when_layers_are_recomputed(
         (3, {}, ("adamw_8bit_in_backward", 1)),  # it will end in a line about memory
         (72, {"optim": "adamw_8bit_in_backward", "gradient_checkpointing": "true"}, ("adamw_8bit_in_backward", 1)),
         (17, {"gradient_checkpointing": "false"}, ("adamw_8bit", 40)),
+        (8, {"tokens_per_pack": 512}, ("adamw_8bit", 1)),  # a step of several packs is not taken inside backward
     ],
 )
 def test_what_a_full_run_takes(
