@@ -75,7 +75,7 @@ def bias_of(service: Service, asked: Asked) -> Bias | None:
     bad = next((token for token in tokens if not 0 <= token < vocab), None)
     if bad is not None:
         raise ApiError(400, f"token {bad} is not one of the model's {vocab}", param="logit_bias")
-    bias = Bias(asked.presence_penalty or 0.0, asked.frequency_penalty or 0.0, tuple(tokens.items()))
+    bias = Bias(asked.presence_penalty or 0.0, asked.frequency_penalty or 0.0, tuple(t for t in tokens.items() if t[1]))
     return None if bias == Bias() else bias
 
 
