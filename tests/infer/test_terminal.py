@@ -86,8 +86,10 @@ class Screen:
 
 def _control_terminal() -> None:
     import fcntl
+    import signal
     import termios
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in a shell's background ignore it
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C typed into the pty is a signal
 
 

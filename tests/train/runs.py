@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -65,6 +66,7 @@ def in_terminal(argv: list[str], tty: str, environment: dict[str, str], seconds:
     TrainStep.run = lambda *a: (time.sleep(seconds), inner(*a))[1]  # type: ignore[method-assign]
     os.environ.pop("NO_COLOR", None)
     os.environ.update({"TERM": "xterm-256color", **environment})
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in a shell's background ignore it
     os.setsid()
     slave = os.open(tty, os.O_RDWR)  # the first one opened becomes the session's terminal: Ctrl-C in it is a SIGINT
     for number in range(3):
