@@ -1,5 +1,6 @@
-"""Whether the other processes of a run are alive. A thread that a hung step does not stop: it beats, and looks at the
-others' beats; where one is missing, or has failed, it ends this process. One process says why."""
+"""Whether the other processes of a run are alive. A thread beside the steps: it beats, and looks at the
+others' beats; where one is missing, or has failed, it ends this process. One process says why. A step that hangs in a
+process that lives is not found here."""
 
 from __future__ import annotations
 
@@ -99,7 +100,7 @@ class Lifeline(threading.Thread):
             dead = [rank for rank, (_, since) in seen.items() if now - since > self._patience]
             if dead and not self._ended.is_set():
                 names = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in dead)
-                verb = "has ended or hangs" if len(dead) == 1 else "have ended or hang"
+                verb = "has ended or is stopped" if len(dead) == 1 else "have ended or are stopped"
                 said = self._store.compare_set("failed", "", str(self.rank)).decode()
                 self._leave(f"{names} {verb}" if said == str(self.rank) else "")
 

@@ -41,6 +41,7 @@ class Team:
 
     def __init__(self, rank: int = 0, size: int = 1, lifeline: Lifeline | None = None):
         self.rank, self.size, self.lifeline = rank, size, lifeline
+        self.restore: Callable[[], object] = lambda: None  # the signal handler of before
 
     @property
     def first(self) -> bool:
@@ -124,14 +125,20 @@ class Team:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if self.lifeline is None:
             return
-        if error is not None and not self.lifeline.agreed:
+        try:
+            self._leave(self.lifeline, error)
+        finally:
+            self.restore()
+
+    def _leave(self, lifeline: Lifeline, error: BaseException | None) -> None:
+        if error is not None and not lifeline.agreed:
             host = socket.gethostname()
             text = "" if isinstance(error, UserError) else str(error).lower()
-            self.lifeline.fail(lost="gloo" in text or "nccl" in text)
+            lifeline.fail(lost="gloo" in text or "nccl" in text)
             if isinstance(error, UserError):
                 error.args = (f"rank {self.rank} on {host}: {error}", *error.args[1:])
             return
-        self.lifeline.end()
+        lifeline.end()
         with suppress(RuntimeError):  # gloo sometimes aborts where one process has left and another has not
             self.any(False)
         dist.destroy_process_group()
@@ -167,9 +174,11 @@ def join(config: TrainConfig, after: Callable[[], str]) -> Team:
     backend = "gloo" if choose_device_type(config.device) == "cpu" else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=dist.PrefixStore("run", store), rank=rank, world_size=size, timeout=PATIENCE)
     lifeline.start()
+    team = Team(rank, size, lifeline)
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lifeline.told)
-    return Team(rank, size, lifeline)
+        before = signal.signal(signal.SIGTERM, lifeline.told)
+        team.restore = lambda: signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+    return team
 
 
 def choose_device_type(name: str) -> str:

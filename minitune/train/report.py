@@ -102,7 +102,7 @@ class Report:
         self.background.refresh()
         if bad is not None:
             raise Stopped(
-                f"step {bad}: the loss or a gradient is not finite; nothing was learned from that step on. The last "
+                f"step {bad}: the loss or a gradient is not finite; nothing from that step on is kept. The last "
                 f"checkpoint in {self.folder} is good: lower --learning_rate, or look at that step's rows"
             )
 

@@ -27,7 +27,8 @@ class Stopped(UserError):
 
 class Interrupt:
     """Ctrl-C, SIGTERM and a lost terminal as a wish that the loop reads between steps: an update that was broken off
-    half-way could not be saved. A second one stops at once, and saves nothing.
+    half-way could not be saved. A second one stops at once, and saves nothing; under a launcher, which passes a Ctrl-C
+    on as SIGTERM, only the same signal again is a second one.
 
     told: called once, when the wish comes, from a signal handler: it may set what another thread shows, or write to a
     file descriptor, and no more.
@@ -39,6 +40,7 @@ class Interrupt:
         self.wanted = False
         self.told = told
         self._before: dict[int, Any] = {}
+        self._seen: set[int] = set()
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
@@ -51,11 +53,13 @@ class Interrupt:
         for number, before in self._before.items():
             signal.signal(number, before)
 
-    def _note(self, *_: object) -> None:
-        if self.wanted:
+    def _note(self, number: int, *_: object) -> None:
+        if self.wanted and (number in self._seen or "WORLD_SIZE" not in os.environ):
             raise KeyboardInterrupt
-        self.wanted = True
-        self.told()
+        self._seen.add(number)
+        if not self.wanted:
+            self.wanted = True
+            self.told()
 
 
 @dataclass

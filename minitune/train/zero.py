@@ -129,6 +129,9 @@ class Zero:
     def _gathered_states(self) -> Iterator[tuple[str, Tensor]]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+        if not any(self.states.values()):  # every step was skipped so far
+            self._prime()
+            self._set_steps(0.0)
         self._link()
         for name, parameter in self.named:
             yield f"master:{name}", safe_get_full_fp32_param(parameter)
@@ -148,6 +151,10 @@ class Zero:
             for name, parameter in self.named:
                 for kind in ("master", *STATES):
                     self._set(parameter, kind, files.get(f"{kind}:{name}").to(self.decoder.device))
+        self._set_steps(step)
+
+    def _set_steps(self, step: float) -> None:
+        """The count of updates, for every parameter."""
         for held in [*self.states.values(), *self.engine.optimizer.optimizer.param_groups]:
             if "step" in held:
                 held["step"] = torch.full_like(held["step"], step) if isinstance(held["step"], Tensor) else int(step)
@@ -175,15 +182,35 @@ class Zero:
             inner._lazy_init_hp_params_optimizer_state()
 
     def _prime(self) -> None:
-        """DeepSpeed makes its states at the first update: one of nothing, at rate 0."""
+        """DeepSpeed makes its states at the first update: one of nothing, at rate 0; the loss scale stays."""
         from minitune.data.loader import make_pack
         from minitune.data.template import IGNORED, Encoded
 
         pack = make_pack([Encoded([0], [IGNORED])], [0]).to(self.decoder.device)
+        scale = vars(self.engine.optimizer.loss_scaler)
+        kept = dict(scale)
         set_rate(self.engine, 0.0)
         self.engine.set_gradient_accumulation_boundary(True)
         self.engine.backward(self.engine(pack, None), scale_wrt_gas=False)
         self.engine.step()
+        scale.update(kept)
+
+
+class ZeroScale:
+    """DeepSpeed's scaling of a float16 loss, as far as a run remembers it (`step.LossScale`)."""
+
+    KEPT = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+    def __init__(self, engine: Any):
+        self.scaler = engine.optimizer.loss_scaler
+        self.scaler.raise_error_at_min_scale = False  # the report ends a run that skips on and on
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self.scaler).items() if self.scaler.dynamic and name in self.KEPT}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.scaler.dynamic:  # a fixed scale is the file's
+            vars(self.scaler).update(state)
 
 
 class ZeroOptimizer(AdamW):
@@ -200,6 +227,8 @@ class ZeroStep(TrainStep):
     def __init__(self, zero: Zero, optimizer: AdamW, dropout: float, seed: int):
         super().__init__(zero.decoder, optimizer, dropout=dropout, seed=seed)
         self.zero = zero
+        if zero.engine.fp16_enabled():
+            self.loss_scale = ZeroScale(zero.engine)  # type: ignore[assignment]
 
     def __call__(self, batch: StepBatch, rate: float) -> StepResult:
         set_rate(self.zero.engine, rate)

@@ -14,7 +14,13 @@ from typing import Any
 from minitune.config import TrainConfig, UserError
 
 MISSING = "--deepspeed: the package is not installed; pip install 'minitune[deepspeed]', or leave --deepspeed out"
-STATE_BYTES = 12  # a parameter's float32 master and two moments
+# A parameter's float32 master (4), its gradient (4), two moments (8) and a 16-bit buffer (2), as DeepSpeed 0.19.8 holds
+# them for ZeRO 2; 2 more where a step is several packs.
+STATE_BYTES = 18
+
+# Outer ones first.
+ZERO = "zero_optimization"
+BLOCKS = (ZERO, f"{ZERO}.offload_optimizer", f"{ZERO}.offload_param", "optimizer", "optimizer.params", "fp16", "bf16")
 
 
 def read(config: TrainConfig) -> dict[str, Any]:
@@ -28,9 +34,15 @@ def read(config: TrainConfig) -> dict[str, Any]:
         raise UserError(f"{path}: not JSON ({error})") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: not a JSON object")
-    if stage_of(raw) not in (1, 2, 3):
+    for name in BLOCKS:
+        outer, _, last = name.rpartition(".")
+        value = raw.get(outer, {} if outer else raw).get(last, {})
+        if not isinstance(value, dict) and not (value is None and "offload" in name):  # null: no offload
+            raise UserError(f"{path}: {name} is {json.dumps(value)}; write an object")
+    stage = block(raw, "zero_optimization").get("stage", 0)
+    if type(stage) is not int or stage not in (1, 2, 3):
         mend = "write 1, 2 or 3; torchrun without --deepspeed adds up gradients"
-        raise UserError(f"{path}: zero_optimization.stage is {stage_of(raw)}; {mend}")
+        raise UserError(f"{path}: zero_optimization.stage is {json.dumps(stage)}; {mend}")
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(MISSING)
     return raw
@@ -131,8 +143,6 @@ def notes(raw: dict[str, Any], config: TrainConfig) -> list[str]:
     stage, zero = stage_of(raw), block(raw, "zero_optimization")
     if block(zero, "offload_param") and stage < 3:
         note(f"offload_param is ignored under stage {stage}: weights are split from stage 3 on")
-    if block(zero, "offload_optimizer") and stage == 0:
-        note("offload_optimizer is ignored under stage 0")
     fp16 = block(raw, "fp16")
     if fp16.get("enabled") and fp16.get("loss_scale", 0) not in (0, "auto"):
         note(f"fp16 has a fixed loss_scale of {fp16['loss_scale']}: small gradients may be lost; 0 adapts it")
@@ -210,7 +220,7 @@ def preflight(config: TrainConfig, base: Path) -> list[str]:
         parameters = sum(p.numel() for p in Decoder(read_config(base)).parameters())
     here = local_size() / int(os.environ.get("WORLD_SIZE", "1"))
     need, have = parameters * STATE_BYTES * here / 2**30, available_gib()
-    line = f"AdamW on the CPU ({instruction_set()}): {need:.1f} GiB of masters and moments"
+    line = f"AdamW on the CPU ({instruction_set()}): {need:.1f} GiB of masters, gradients and moments"
     if have is not None and need > have:
         raise UserError(f"{line}, {have:.1f} GiB are free; take --method lora, or a machine with more memory")
     return [line if have is None else f"{line}, of {have:.1f} GiB free"]

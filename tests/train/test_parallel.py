@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from minitune import TrainConfig, UserError, train
 from minitune.checkpoint import resume
 from minitune.data.loader import Loader
 from minitune.data.template import Encoded
-from minitune.train import lifeline
+from minitune.train import lifeline, parallel
 from minitune.train.checks import check_settings
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -122,7 +123,7 @@ def test_a_process_that_dies(processes: Any, config: TrainConfig, tmp_path: Path
     assert last is not None and resume.read_state(last)["step"] >= 2
 
 
-def test_a_process_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beats keep all alive; one whose beats end is named by another, once, also where no connection breaks."""
     monkeypatch.setattr(lifeline, "BEAT", 0.05)
     monkeypatch.setattr(lifeline, "SILENT", 0.6)
@@ -143,6 +144,33 @@ def test_a_process_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     for one in three:
         one.join(10)
     assert len(said) == 2 and sorted(said)[0] == "" and sorted(said)[1].startswith("rank 2 on "), said
+
+
+@pytest.mark.parametrize("fault", [None, UserError("bad")])
+def test_the_signal_handler_of_before_comes_back(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, fault: UserError | None
+) -> None:
+    """Whoever called from Python has their SIGTERM handler again, however the run ended."""
+    store = TCPStore("127.0.0.1", free_port(), is_master=True, wait_for_workers=False)
+    store.set("here/1", "there")
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(parallel.dist, "rendezvous", lambda *_, **__: iter([(store, 0, 2)]))
+    for name in ("init_process_group", "destroy_process_group", "all_reduce"):
+        monkeypatch.setattr(parallel.dist, name, lambda *_, **__: None)
+
+    def mine(*_: object) -> None:
+        pass
+
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+        with suppress(UserError), parallel.join(config, lambda: ""):
+            assert signal.getsignal(signal.SIGTERM) is not mine
+            if fault:
+                raise fault
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_signal_ends_all_at_one_step(processes: Any, config: TrainConfig, tmp_path: Path) -> None:

@@ -247,6 +247,23 @@ def test_a_signal_that_was_to_be_ignored_is() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+def test_what_a_launcher_passes_on_is_no_second_wish(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's launcher sends SIGTERM behind a terminal's Ctrl-C: still one wish. The same signal again stops, and
+    so does any second one where no launcher is."""
+    for launched, second in ((True, signal.SIGINT), (True, signal.SIGTERM), (False, signal.SIGTERM)):
+        if launched:
+            monkeypatch.setenv("WORLD_SIZE", "2")
+        else:
+            monkeypatch.delenv("WORLD_SIZE")
+        with Interrupt() as interrupt:
+            os.kill(os.getpid(), signal.SIGINT)
+            if launched:
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert interrupt.wanted
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), second)
+
+
 def test_sigterm_to_the_process(config: TrainConfig, tmp_path: Path, processes: Any) -> None:
     """A machine that is shut down sends SIGTERM: a checkpoint of that very step, exit code 1."""
     config = with_(config, num_train_epochs=400)

@@ -4,11 +4,12 @@ read as Hugging Face's users expect."""
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import argv_of, rows_of, with_
+from runs import argv_of, rows_of, same, with_
 from test_parallel import STEADY, close, together
 
 from minitune import TrainConfig, UserError, train
@@ -34,7 +35,7 @@ def write(folder: Path, stage: int, offload: bool = False, **more: Any) -> str:
         "zero_optimization": zero,
         **more,
     }
-    path = folder / "ds.json"
+    path = folder / f"ds{stage}.json"
     path.write_text(json.dumps(raw), encoding="utf-8")
     return str(path)
 
@@ -65,10 +66,31 @@ def test_resumed_in_another_stage(processes: Any, config: TrainConfig, tmp_path:
     train(config, quiet=True)
     broken = with_(config, output=str(tmp_path / "broken"), deepspeed=write(tmp_path, 2, True))
     together(processes, tmp_path, broken, 2)
-    write(tmp_path, 3)
-    together(processes, tmp_path, with_(broken, resume=f"{broken.output}/checkpoint-3"), 3)
+    again = with_(broken, resume=f"{broken.output}/checkpoint-3")
+    with pytest.raises(UserError, match="was saved by DeepSpeed; go on with --deepspeed"):
+        train(with_(again, deepspeed=""), quiet=True)
+    together(processes, tmp_path, with_(again, deepspeed=write(tmp_path, 3)), 3)
     close(config.output, broken.output)
     assert [row["step"] for row in rows_of(broken.output)] == list(range(1, 7))
+
+
+def test_a_loss_scale_that_finds_its_size(processes: Any, config: TrainConfig, tmp_path: Path) -> None:
+    """float16 from a scale that is too large: steps are skipped, the run goes on, and what is resumed between two
+    changes of the scale is the run without a break, bit for bit."""
+    pytest.importorskip("deepspeed")
+    fp16 = {"enabled": "auto", "initial_scale_power": 20, "loss_scale_window": 2, "hysteresis": 2}
+    file = write(tmp_path, 2, fp16=fp16)
+    config = with_(config, dtype="float16", method="full", num_train_epochs=2, save_steps=1, deepspeed=file)
+    config = with_(config, save_total_limit=99)
+    together(processes, tmp_path, config, 1)
+    norms = [row["grad_norm"] for row in rows_of(config.output)]
+    assert norms[:2] == [None, None] and 4 < sum(norm is not None for norm in norms) < 10, norms
+    for step in (1, 7):  # nothing was learned before the first
+        broken = tmp_path / f"broken-{step}"
+        shutil.copytree(config.output, broken)
+        again = with_(config, output=str(broken), resume=f"{broken}/checkpoint-{step}")
+        together(processes, tmp_path, again, 1)
+        same(config.output, broken)
 
 
 def test_auto_is_ours(config: TrainConfig, tmp_path: Path) -> None:
@@ -163,13 +185,34 @@ def test_faults_of_the_file(
     assert not Path(config.output).exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"zero_optimization": "x"}, 'zero_optimization is "x"; write an object'),
+        ({"zero_optimization": {"stage": "auto"}}, 'zero_optimization.stage is "auto"; write 1, 2 or 3'),
+        ({"zero_optimization": {"stage": "2"}}, 'zero_optimization.stage is "2"; write 1, 2 or 3'),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, 'offload_optimizer is "cpu"; write an obj'),
+        ({"optimizer": "AdamW"}, 'optimizer is "AdamW"; write an object'),
+        ({"optimizer": None}, "optimizer is null; write an object"),
+        ({"optimizer": {"type": "AdamW", "params": None}}, "optimizer.params is null; write an object"),
+        ({"fp16": True}, "fp16 is true; write an object"),
+        ({"fp16": None}, "fp16 is null; write an object"),
+    ],
+)
+def test_malformed_parts_are_named(config: TrainConfig, tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    config = with_(config, deepspeed=write(tmp_path, 2, **change))
+    with pytest.raises(UserError) as error:
+        zero_config.read(config)
+    assert str(error.value).startswith(config.deepspeed) and said in str(error.value)
+
+
 def test_preflight(config: TrainConfig, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twelve bytes a parameter of the host's memory, and a compiler, are asked for before the weights are read."""
+    """18 bytes a parameter of the host's memory, and a compiler, are asked for before the weights are read."""
     monkeypatch.setattr(zero_config, "read", lambda c: json.loads(Path(c.deepspeed).read_text(encoding="utf-8")))
     config = with_(config, method="full", deepspeed=write(tmp_path, 2, offload=True))
-    monkeypatch.setattr(zero_config, "available_gib", lambda: 221_760 * 12 / 2**30 * 1.01)
+    monkeypatch.setattr(zero_config, "available_gib", lambda: 221_760 * 18 / 2**30 * 1.01)
     assert len(zero_config.preflight(config, model)) == 1
-    monkeypatch.setattr(zero_config, "available_gib", lambda: 221_760 * 12 / 2**30 * 0.99)
+    monkeypatch.setattr(zero_config, "available_gib", lambda: 221_760 * 18 / 2**30 * 0.99)
     with pytest.raises(UserError, match="GiB are free"):
         zero_config.preflight(config, model)
     raw = json.loads(Path(config.deepspeed).read_text(encoding="utf-8"))
