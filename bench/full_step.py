@@ -20,7 +20,7 @@ import time
 from typing import Any
 
 import torch
-from lora_step import LENGTHS, our_decoder, profile, result, rows_of
+from lora_step import LENGTHS, our_decoder, rows_of, timed
 from sides import give, take
 
 SIDES = ("adamw", "adamw_8bit", "adamw_8bit_in_backward")
@@ -49,22 +49,7 @@ def side_of(arguments: argparse.Namespace, optim: str) -> dict[str, Any]:
     step, said = fast.quicken(plain, loader, per_epoch, count)
     batches = [loader.batch(0, i) for i in range(count)]
     torch.cuda.synchronize()
-    before = time.perf_counter() - began
-    losses, seconds = [], []
-    for batch in batches:
-        start = time.perf_counter()
-        losses.append(step(batch, 1e-5).loss)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    together = time.perf_counter()
-    for batch in batches:  # as in a run: nothing waits
-        step(batch, 1e-5)
-    torch.cuda.synchronize()
-    unwaited = (time.perf_counter() - together) / len(batches)
-    if arguments.profile:
-        profile(step, batches[:5], optim)
-    more = {"said": said, "unwaited_ms": 1e3 * unwaited, "device": torch.cuda.get_device_name()}
-    return result(seconds, [b.tokens for b in batches], before, [float(loss) for loss in losses], **more)
+    return timed(step, batches, 1e-5, time.perf_counter() - began, said, optim if arguments.profile else "")
 
 
 def main() -> None:

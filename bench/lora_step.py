@@ -133,20 +133,24 @@ def our_side(arguments: argparse.Namespace, side: str) -> dict[str, Any]:
         for batch in batches[:3]:
             step(batch, 0.0)
     torch.cuda.synchronize()
-    before = time.perf_counter() - began
+    return timed(step, batches, 1e-4, time.perf_counter() - began, said, side if arguments.profile else "")
+
+
+def timed(step: Any, batches: list[Any], rate: float, before: float, said: str, profiled: str) -> dict[str, Any]:
+    """What a side reports: each step by itself, then all in a row. profiled: the name that a profile is printed by."""
     losses, seconds = [], []
     for batch in batches:
         start = time.perf_counter()
-        losses.append(step(batch, 1e-4).loss)
+        losses.append(step(batch, rate).loss)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     together = time.perf_counter()
     for batch in batches:  # as in a run: nothing waits
-        step(batch, 1e-4)
+        step(batch, rate)
     torch.cuda.synchronize()
     unwaited = (time.perf_counter() - together) / len(batches)
-    if arguments.profile:
-        profile(step, batches[:5], side)
+    if profiled:
+        profile(step, batches[:5], profiled)
     more = {"said": said, "unwaited_ms": 1e3 * unwaited, "device": torch.cuda.get_device_name()}
     return result(seconds, [b.tokens for b in batches], before, [float(loss) for loss in losses], **more)
 

@@ -93,7 +93,7 @@ def run(step: DecodeStep, long: bool, adapters: bool) -> None:
         _gemm(step, "head", step.n, head, step.scores, 1 / scaling)
     else:
         torch.div(step.n, scaling, out=step.h)
-        torch.mm(step.h, head.as_strided((step.logits.shape[1], head.shape[1]), head.stride()).t(), out=step.logits)
+        torch.mm(step.h, kernels.with_padding(head, decoder.padding).t(), out=step.logits)
 
 
 def _ours(step: DecodeStep, linear: Linear, adapters: bool) -> bool:

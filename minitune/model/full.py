@@ -100,8 +100,7 @@ class FullStack(FusedStack):
     @property
     def head_WH(self) -> Tensor:
         """The head with the zero rows behind it (`Decoder.allocate`)."""
-        weight, padding = self.decoder.head_weight.data, self.decoder.padding
-        return weight.as_strided((weight.shape[0] + padding, weight.shape[1]), weight.stride())
+        return kernels.with_padding(self.decoder.head_weight, self.decoder.padding)
 
     def whole(self, i: int) -> bool:
         return i >= len(self.slots) - self.wholes

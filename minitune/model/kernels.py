@@ -151,3 +151,10 @@ def cross_entropy_(logits_PW: Tensor, targets_P: Tensor, vocab: int, grad: bool)
             logits_PW, targets_P, loss, vocab, width, logits_PW.stride(0), B=4096, GRAD=grad, num_warps=8,
         )  # fmt: skip
     return loss
+
+
+def with_padding(weight_VH: Tensor, padding: int) -> Tensor:
+    """The head's weight [W, H] with the zero rows that lie behind it in memory (`Decoder.allocate`): of an odd width,
+    products would go to slow kernels."""
+    rows, width = weight_VH.shape
+    return weight_VH.detach().as_strided((rows + padding, width), weight_VH.stride())

@@ -25,7 +25,7 @@ from minitune.model.cache import PagedCache
 from minitune.model.decode import Columns
 from minitune.model.decoder import Decoder, Linear
 from minitune.model.fused_ops import next_power_of_2
-from minitune.model.kernels import launch
+from minitune.model.kernels import launch, with_padding
 from minitune.model.lora import Choice
 
 ROWS, WARPS = 64, 4  # query rows of an attention program, and its warps
@@ -262,10 +262,8 @@ class Prefill:
             back = _product(down, room.act, room.back)
         self._norm(room, back, decoder.norm)
         h_RH = room.n / decoder.config.logits_scaling
-        head, vocabulary = decoder.head_weight, decoder.config.vocab_size
-        # with its padding (`Decoder.allocate`): at an odd width the matrix units would be off
-        wide = head.as_strided((vocabulary + decoder.padding, head.shape[1]), head.stride())
-        return torch.mm(h_RH, wide.t())[:, :vocabulary]
+        head_WH = with_padding(decoder.head_weight, decoder.padding)
+        return torch.mm(h_RH, head_WH.t())[:, : decoder.config.vocab_size]
 
     def _asked(self, room: Room, row_R: Tensor) -> Room:
         """The room for these rows alone."""

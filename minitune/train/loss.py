@@ -48,7 +48,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         d_h = torch.empty_like(h_PH) if need_h else None
         d_w = torch.zeros_like(weight_VH) if need_w else None
         chunk_of, vocab = (_fused_chunk if fused(h_PH) else _chunk), weight_VH.shape[0]
-        weight_WH = with_padding(weight_VH, padding)
+        weight_WH = kernels.with_padding(weight_VH, padding)
         for at in range(0, h_PH.shape[0], chunk):
             h, target = h_PH[at : at + chunk], targets_P[at : at + chunk]
             part, d_logits = chunk_of(h, weight_WH, target, vocab, need_h or need_w)
@@ -96,12 +96,6 @@ def _chunk(h: Tensor, weight: Tensor, target: Tensor, vocab: int, grad: bool) ->
     return loss, d_logits.mul_(counts[:, None]).to(h.dtype)
 
 
-def with_padding(weight_VH: Tensor, padding: int) -> Tensor:
-    """The weight [W, H] with the zero rows that lie behind it in memory (`Decoder.allocate`)."""
-    rows, width = weight_VH.shape
-    return weight_VH.detach().as_strided((rows + padding, width), weight_VH.stride())
-
-
 def cross_entropy_sum(
     h_PH: Tensor, weight_VH: Tensor, targets_P: Tensor, chunk: int = CHUNK, padding: int = 0
 ) -> Tensor:
@@ -112,7 +106,7 @@ def cross_entropy_sum(
     """
     if torch.is_grad_enabled() and (h_PH.requires_grad or weight_VH.requires_grad):
         return _ChunkedCrossEntropy.apply(h_PH, weight_VH, targets_P, chunk, padding)
-    chunk_of, weight_WH = (_fused_chunk if fused(h_PH) else _chunk), with_padding(weight_VH, padding)
+    chunk_of, weight_WH = (_fused_chunk if fused(h_PH) else _chunk), kernels.with_padding(weight_VH, padding)
     parts = [
         chunk_of(h_PH[at : at + chunk], weight_WH, targets_P[at : at + chunk], weight_VH.shape[0], False)[0]
         for at in range(0, h_PH.shape[0], chunk)

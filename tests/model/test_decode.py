@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hand import DEVICE, adapters_on, decoder_of
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install triton runs these in its interpreter)")
@@ -20,16 +21,12 @@ from minitune.model import decode_rows_kernels as rk  # noqa: E402
 from minitune.model.cache import DecodeLayout, PagedCache  # noqa: E402
 from minitune.model.decode import Columns, DecodeStep, Split, Tile, why_not  # noqa: E402
 from minitune.model.decoder import Decoder, DecoderConfig  # noqa: E402
-from minitune.model.lora import Choice, LoraConfig, attach, detach, stack  # noqa: E402
+from minitune.model.lora import Choice, LoraConfig, attach  # noqa: E402
 from minitune.model.quantized import (  # noqa: E402
-    Int4Linear,
     dequantize,
-    quantize,
-    quantize_linears,
     unpacked_by_kernel,
 )
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = 8  # tokens a page here, so that short texts fill several
 LIMIT = 96
 SHAPE = DecoderConfig(
@@ -68,39 +65,6 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = {"o": 3, "down": 2, "o, 4 bits": 2, "down, 4 bits": 2}
     small = {name: {1: decode_rows.Tile(64, 32, parts.get(name, 1), 1, 1)} for name in decode_rows.TILES}
     monkeypatch.setattr(decode_rows, "TILES", small)
-
-
-def decoder_of(config: DecoderConfig, dtype: torch.dtype = torch.float32, group: int = 0) -> Decoder:
-    """Random weights; with `group` the linears' are of four bits."""
-    with torch.device("meta"):
-        decoder = Decoder(config)
-    decoder.allocate(DEVICE, dtype)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in decoder.parameters():
-            values = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(values * 0.2 + 1 if parameter.ndim == 1 else values * 0.12)
-    if group:
-        weights = [linear.weight.detach().clone() for linear in decoder.linears()]
-        quantize_linears(decoder, group)
-        for linear, weight in zip(decoder.linears(), weights, strict=True):
-            assert isinstance(linear, Int4Linear)
-            linear.weight_packed, linear.weight_scale = quantize(weight, group, dtype, steps=4)
-    return decoder.eval()
-
-
-def adapters_on(decoder: Decoder) -> Choice:
-    """Two adapters of other ranks and targets, stacked."""
-    loras = []
-    for rank, targets in ((4, ("q_proj", "v_proj", "down_proj")), (7, "all-linear")):
-        attach(decoder, LoraConfig(r=rank, lora_alpha=9, target_modules=targets), seed=rank)
-        for linear in decoder.linears():
-            if linear.lora is not None:
-                torch.nn.init.normal_(linear.lora.B, std=0.2)
-        loras.append([linear.lora for linear in decoder.linears()])
-        detach(decoder)
-    decoder.requires_grad_(False)
-    return stack(decoder, loras)
 
 
 class Held:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from hand import launches_of
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install triton runs these in its interpreter)")
@@ -162,16 +163,7 @@ def test_kernels_compiled_early_are_those_that_run(
     targets: tuple[str, ...] | str, keep: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What `fused_compile` launches on `meta` has the constants and dtypes of a pass over real tensors."""
-    seen: set[tuple[Any, ...]] = set()
-
-    def record(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-        kinds = tuple(a.dtype if isinstance(a, Tensor) else type(a) for a in args)
-        seen.add((str(kernel.fn.__name__), kinds, tuple(options.items())))
-        if all(a.device.type != "meta" for a in args if isinstance(a, Tensor)):
-            kernel[grid](*args, **options)
-
-    for module in (fused_ops, attention_kernels, kernels):
-        monkeypatch.setattr(module, "launch", record)
+    seen = launches_of((fused_ops, attention_kernels, kernels), monkeypatch)
     decoder = decoder_of(SHAPE, targets, torch.float32)
     assert decoder.lora_config is not None
     decoder.stack = FusedStack(decoder, keep)

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hand import DEVICE, adapters_on, decoder_of
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install triton runs these in its interpreter)")
@@ -18,11 +19,9 @@ from minitune.model import cache, lora, prefill  # noqa: E402
 from minitune.model.cache import PagedCache, Part, PrefillLayout  # noqa: E402
 from minitune.model.decode import Columns  # noqa: E402
 from minitune.model.decoder import Decoder, DecoderConfig  # noqa: E402
-from minitune.model.lora import Choice, LoraConfig, attach, detach, stack  # noqa: E402
+from minitune.model.lora import Choice  # noqa: E402
 from minitune.model.prefill import Piece, Prefill  # noqa: E402
-from minitune.model.quantized import Int4Linear, quantize, quantize_linears  # noqa: E402
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = 16  # tokens a page here, so that short texts fill several
 LIMIT = 96
 SLOTS = 5  # the last one is idle
@@ -59,39 +58,6 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lora, "packable", lambda device, dtype: False)  # what oneDNN packs, no library multiplies
     monkeypatch.setattr(prefill, "ROWS", 16)
     monkeypatch.setattr(prefill, "SIZES", (48, 80))
-
-
-def decoder_of(config: DecoderConfig, dtype: torch.dtype = torch.float32, group: int = 0) -> Decoder:
-    """Random weights; with `group` the linears' are of four bits."""
-    with torch.device("meta"):
-        decoder = Decoder(config)
-    decoder.allocate(DEVICE, dtype)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in decoder.parameters():
-            values = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(values * 0.2 + 1 if parameter.ndim == 1 else values * 0.12)
-    if group:
-        weights = [linear.weight.detach().clone() for linear in decoder.linears()]
-        quantize_linears(decoder, group)
-        for linear, weight in zip(decoder.linears(), weights, strict=True):
-            assert isinstance(linear, Int4Linear)
-            linear.weight_packed, linear.weight_scale = quantize(weight, group, dtype, steps=4)
-    return decoder.eval()
-
-
-def adapters_on(decoder: Decoder) -> Choice:
-    """Two adapters of other ranks and targets, stacked."""
-    loras = []
-    for rank, targets in ((4, ("q_proj", "v_proj", "down_proj")), (7, "all-linear")):
-        attach(decoder, LoraConfig(r=rank, lora_alpha=9, target_modules=targets), seed=rank)
-        for linear in decoder.linears():
-            if linear.lora is not None:
-                torch.nn.init.normal_(linear.lora.B, std=0.2)
-        loras.append([linear.lora for linear in decoder.linears()])
-        detach(decoder)
-    decoder.requires_grad_(False)
-    return stack(decoder, loras)
 
 
 class Held:

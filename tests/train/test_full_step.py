@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from hand import launches_of
 from torch import Tensor
 
 from minitune.config import TrainConfig, UserError
@@ -264,16 +265,7 @@ def test_a_step_by_hand_is_autograds() -> None:
 @needs_triton
 def test_kernels_compiled_early_are_those_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is launched on `meta` has the constants and dtypes of a step over real tensors."""
-    seen: set[tuple[Any, ...]] = set()
-
-    def record(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-        kinds = tuple(a.dtype if isinstance(a, Tensor) else type(a) for a in args)
-        seen.add((str(kernel.fn.__name__), kinds, tuple(options.items())))
-        if all(a.device.type != "meta" for a in args if isinstance(a, Tensor)):
-            kernel[grid](*args, **options)
-
-    for module in (fused_ops, attention_kernels, kernels, full_kernels, adamw8):
-        monkeypatch.setattr(module, "launch", record)
+    seen = launches_of((fused_ops, attention_kernels, kernels, full_kernels, adamw8), monkeypatch)
     monkeypatch.setattr(adamw8, "by_kernel", lambda device: True)
     monkeypatch.setattr(full_step, "layout_of", lambda pack, _: replace(step.layout_of(pack, decoder), kernel="short"))
     decoder, pack = decoder_of(), pack_of([9, 20], 1)
