@@ -47,6 +47,11 @@ class Plan:
         return self.room is None or self.parts.total <= self.room
 
     @property
+    def fits_well(self) -> bool:
+        """With room for what the arithmetic does not see: for layers that need not be kept."""
+        return self.room is None or self.parts.total <= 0.98 * self.room
+
+    @property
     def run_seconds(self) -> float | None:
         return None if self.seconds is None else self.seconds * self.walk.total
 
@@ -79,20 +84,26 @@ class Planner:
         return self.walks[key]
 
     def plan(self, config: TrainConfig) -> Plan:
-        """What is chosen: the first that fits of the optimizers and packs that the settings leave open, and as many
-        layers that keep their activations as fit with it; where nothing fits, the smallest."""
+        """What is chosen: of the optimizers that the settings leave open the first that fits, with the pack and the
+        number of whole layers that are predicted to be the fastest; where nothing fits, what needs least."""
         setup = self.setup(config)
-        layers = self.shape.num_hidden_layers
-        last = None
-        for choice in self._least(config, setup):
-            last = self._made(config, setup, choice)
-            if last.fits:
-                for whole in self._wholes(config, setup):
-                    more = self._made(config, setup, dataclasses.replace(choice, whole=whole))
-                    if more.fits:
-                        return more
-        assert last is not None and layers
-        return last
+        wholes = self._wholes(config, setup)
+        smallest = None
+        for name in self._optims(config):
+            found: list[Plan] = []
+            for pack in self._packs(config):
+                if self.walk(config, pack).load.several and config.optim == "auto" and name == CHOICES[-1]:
+                    continue  # it takes steps of one pack
+                least = self._made(config, setup, Choice(name, wholes[-1], pack))
+                if smallest is None or least.parts.total < smallest.parts.total:
+                    smallest = least
+                if least.fits:
+                    more = (self._made(config, setup, Choice(name, whole, pack)) for whole in wholes)
+                    found.append(next((plan for plan in more if plan.fits_well), least))
+            if found:
+                return min(found, key=lambda plan: plan.seconds or 0.0)
+        assert smallest is not None
+        return smallest
 
     def _made(self, config: TrainConfig, setup: Setup, choice: Choice) -> Plan:
         steps = self.walk(config, choice.pack)
@@ -100,21 +111,20 @@ class Planner:
         layers = self.shape.num_hidden_layers
         return Plan(setup.method, choice, memory.parts(setup, steps.load, choice), steps, layers, self.room, seconds)
 
-    def _least(self, config: TrainConfig, setup: Setup) -> Iterator[Choice]:
-        """Each optimizer and pack, with the fewest whole layers."""
-        least = self._wholes(config, setup)[-1]
-        names = [name for name in CHOICES if config.optim in ("auto", name)] if config.method == "full" else ["adamw"]
-        if self.dtype == torch.float16 or not self.alone:
-            names = names[:1]
+    def _optims(self, config: TrainConfig) -> list[str]:
+        if config.method != "full":
+            return ["adamw"]
+        names = [name for name in CHOICES if config.optim in ("auto", name)]
+        return names[:1] if self.dtype == torch.float16 or not self.alone else names
+
+    def _packs(self, config: TrainConfig) -> Iterator[int]:
+        """Tokens a pack: as the settings say; with --memory also halves of that."""
         pack = config.tokens_per_pack
-        while True:
-            several = self.walk(config, pack).load.several
-            for name in names:
-                if not (several and config.optim == "auto" and name == CHOICES[-1]):  # it takes steps of one pack
-                    yield Choice(name, least, pack)
-            if not config.memory or pack // 2 < max(SMALLEST, self.rows.longest):
-                return
-            pack = min(pack // 2, max(SMALLEST, -(-self.walk(config, pack).load.tokens // 2)))
+        yield pack
+        pack = min(pack, self.walk(config, pack).load.tokens)
+        while config.memory and pack // 2 >= max(SMALLEST, self.rows.longest):
+            pack //= 2
+            yield pack
 
     def _wholes(self, config: TrainConfig, setup: Setup) -> list[int]:
         """How many layers may keep their activations, from the most."""
@@ -149,8 +159,9 @@ class Planner:
                 return f"--memory {need:.1f}GiB", least
         length = min(config.max_length, self.rows.longest) // 2
         while length >= 64:
-            if (made := self.plan(dataclasses.replace(config, max_length=length))).fits:
-                return f"--max_length {length}", made
+            pack = min(config.tokens_per_pack, max(SMALLEST, length))
+            if (made := self.plan(dataclasses.replace(config, max_length=length, tokens_per_pack=pack))).fits:
+                return f"--max_length {length} --tokens_per_pack {pack}", made
             length //= 2
         return None
 

@@ -52,9 +52,10 @@ class Prepared:
         return self.learn.digest()
 
 
-def prepare(config: TrainConfig, found: Callable[[Path], object] = read_config) -> Prepared:
-    """Reads the model's folder and the data. found: called with the folder before anything slow is read."""
-    base = hub.resolve(config.model, source=config.source)
+def prepare(config: TrainConfig, found: Callable[[Path], object] = read_config, base: Path | None = None) -> Prepared:
+    """Reads the model's folder and the data. found: called with the folder before anything slow is read. base: the
+    folder, where it needs no weights."""
+    base = base or hub.resolve(config.model, source=config.source)
     found(base)  # a model that can't be used is said first
     ahead.imported()
     tokenizer = load_tokenizer(base)

@@ -71,7 +71,7 @@ def train(config: TrainConfig, quiet: bool = False, answer: Answer | None = None
             memory.config, lines = config, [*said, *lines]
             clock.begin("model")
             loaded = loading.result()
-            decoder, optimizer, step = build(config, ready, loaded, team, planned and planned.choice)
+            decoder, optimizer, step = build(config, ready, loaded, team, planned.choice if planned else None)
             watch = Watch(config, ready.template, ready.tokenizer, decoder.config.max_position_embeddings, answer)
             loader = make_loader(config, ready.learn, device, team=team)
             total, per_epoch = count_steps(config, loader)

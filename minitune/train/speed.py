@@ -14,6 +14,7 @@ PRODUCTS = 0.75  # of the card's multiplications a second, in large products
 TRAFFIC = 0.49  # of its bandwidth, in what lies between them
 UPDATE = 0.63  # in the optimizer
 LAYER = 40e-6  # seconds a layer, forward and backward, beside both
+LAUNCHED = 1e-3  # seconds in which a host launches a layer's work, where no graph is replayed
 PLAIN = 3.0  # times the traffic where layers are not done by hand
 
 
@@ -24,9 +25,14 @@ def step_seconds(setup: Setup, choice: Choice, card: Card, walk: Walk) -> float:
     computed = _products(setup, choice, walk.context, tokens, positions) / (PRODUCTS * card.tflops * 1e12)
     layers = setup.shape.num_hidden_layers
     moved = _traffic(setup, choice) * tokens + _weights_traffic(setup, choice) * packs
+    if setup.lora is None:  # a step's gradients are added up, pack by pack
+        moved += 2 * setup.size * setup.parameters * max(0, packs - walk.walked)
     between = moved / (TRAFFIC * card.bandwidth * 1e9)
     update = _update(setup, choice) / (UPDATE * card.bandwidth * 1e9)
-    return (computed + between + layers * LAYER * packs) / max(1, walk.walked) + update
+    device = computed + between + layers * LAYER * packs
+    launched = layers * (LAUNCHED if setup.by_hand else 5 * LAUNCHED)
+    wait = max(0.0, launched - device / max(1, packs)) * walk.plain
+    return (device + wait) / max(1, walk.walked) + update
 
 
 def _recomputed(setup: Setup, choice: Choice) -> float:

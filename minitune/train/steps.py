@@ -59,7 +59,7 @@ MANY = 200_000  # rows from which one epoch stands for all
 class Walk:
     """What a run computes. total: its steps. walked, tokens: the steps that `sizes` are of, and their tokens without
     padding. sizes: int64 [packs, 2], tokens and supervised positions of each, the padding of a recorded step included.
-    context: tokens that a token attends to, in the mean."""
+    context: tokens that a token attends to, in the mean. plain: packs of them that run plain, not recorded."""
 
     total: int
     walked: int
@@ -67,6 +67,7 @@ class Walk:
     sizes: NDArray[np.int64]
     context: float
     load: Load
+    plain: int = 0
 
 
 def walk(config: TrainConfig, rows: EncodedRows, held_out: EncodedRows, shape: DecoderConfig, pack: int) -> Walk:
@@ -101,7 +102,9 @@ def walk(config: TrainConfig, rows: EncodedRows, held_out: EncodedRows, shape: D
     lengths = rows.lengths
     load = Load(tokens, positions, rows.longest, several, beside, _held_out(config, held_out, pack))
     context = float((lengths**2).sum() / max(1, lengths.sum())) / 2
-    return Walk(total, len(steps), int(steps[:, 2].sum()), np.concatenate(sizes), context, load)
+    made = np.concatenate(sizes)
+    plain = len(made) - len(one) if captured else len(made)
+    return Walk(total, len(steps), int(steps[:, 2].sum()), made, context, load, plain)
 
 
 def _held_out(config: TrainConfig, rows: EncodedRows, pack: int) -> int:
