@@ -85,28 +85,36 @@ def like(name: str, total: int) -> Card | None:
     return max(near, key=lambda c: len(c.name), default=None)
 
 
-def own_context(device: torch.device) -> int:
-    """Bytes that the driver holds for this process beside the allocator's, as far as that can be told: where others use
-    the card too, what a process usually has."""
-    free, total = torch.cuda.mem_get_info(device)
-    beside = total - free - torch.cuda.memory_reserved(device)
-    return min(beside, CONTEXT)
+def _taken(device: torch.device) -> tuple[int, int, int]:
+    """(free, all, the allocator's) bytes of one moment, while another thread may be filling the card."""
+    while True:
+        before = torch.cuda.memory_reserved(device)
+        free, total = torch.cuda.mem_get_info(device)
+        if torch.cuda.memory_reserved(device) == before:
+            return free, total, before
+
+
+def _context(free: int, total: int, reserved: int) -> int:
+    """What the driver holds for this process beside the allocator, as far as that can be told: where others use the
+    card too, what a process usually has."""
+    return max(0, min(total - free - reserved, CONTEXT))
 
 
 def room_on(device: torch.device, cap: int) -> int:
     """Bytes that this process may hold as the driver counts it: nineteen twentieths of what is free or its own; cap: at
     most 99 % of so many (0: no cap)."""
-    free, _ = torch.cuda.mem_get_info(device)
-    room = int(0.95 * (free + torch.cuda.memory_reserved(device) + own_context(device)))
+    free, total, reserved = _taken(device)
+    room = int(0.95 * (free + reserved + _context(free, total, reserved)))
     return min(room, int(0.99 * cap)) if cap else room
 
 
 def hold(device: torch.device, cap: int, parts: Parts) -> None:
     """Lets the allocator reserve no more than `cap` less the driver's part; what would go beyond is an end of memory
     that says so."""
-    total = torch.cuda.mem_get_info(device)[1]
-    limit = cap - max(parts.context, own_context(device))
-    torch.cuda.set_per_process_memory_fraction(max(0.0, min(1.0, limit / total)), device)
+    free, total, reserved = _taken(device)
+    limit = cap - max(parts.context, _context(free, total, reserved))
+    index = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.set_per_process_memory_fraction(max(0.0, min(1.0, limit / total)), index)
 
 
 def check_served(device: torch.device) -> None:

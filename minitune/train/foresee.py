@@ -33,6 +33,7 @@ def foresee(
     if device.type != "cuda" or team.size > 1 or config.deepspeed:
         optim = "adamw" if config.method == "full" and config.optim == "auto" else config.optim
         return dataclasses.replace(config, optim=optim), None, []  # type: ignore[arg-type]
+    cards.check_served(device)
     dtype, int4 = training_dtype(config, device), group_of(read_json(ready.base / "config.json")) or 0
     planner = plan.planner_here(config, shape, ready.learn, ready.held_out, dtype, device, int4)
     made = planner.plan(config)

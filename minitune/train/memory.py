@@ -22,7 +22,7 @@ MIB, GIB = 1 << 20, 1 << 30
 WORKSPACES, SPARING = 240 * MIB, 120 * MIB
 # The driver's part: context, modules, graphs; seen beside the reserved peaks of an H100: 0.69 to 0.77 and 0.80 to 0.90.
 CONTEXT, CONTEXT_SPARING = 860 * MIB, 770 * MIB
-QLORA_BITS = 4.25  # of a weight, its scales included
+GROUPS = (64, 32)  # of a base that --method qlora rounds: the first that divides every row
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,21 @@ class Setup:
         int4: int = 0, alone: bool = True,
     ) -> Setup:  # fmt: skip
         """int4: the group of a base that has four bits already, 0 for another."""
-        bits = 4 + 8 * dtype.itemsize / int4 if int4 else 8.0 * dtype.itemsize
-        bits = QLORA_BITS if config.method == "qlora" else bits
+        size = dtype.itemsize
+        if config.method == "qlora" and not int4:
+            widths = (shape.hidden_size, shape.intermediate_size, shape.num_attention_heads * shape.head_dim)
+            int4 = next((group for group in GROUPS if not any(width % group for width in widths)), GROUPS[-1])
+        bits = 4 + 8 * size / int4 if int4 else 8.0 * size
         lora = LoraConfig(config.lora_r, target_modules=config.lora_target_modules)
         full = config.method == "full"
         return Setup(
             shape, config.method, dtype.itemsize, capability, triton, bits, None if full else lora, alone
         )  # fmt: skip
+
+    @property
+    def packed(self) -> bool:
+        """Whether the layers' linears have four bits."""
+        return self.bits < 8 * self.size
 
     @property
     def kernels(self) -> bool:
@@ -100,9 +108,9 @@ class Setup:
         if not (self.kernels and self.alone and self.shape.head_dim in HEADS):
             return False
         if self.lora is None:
-            return True
+            return not self.packed
         same = all(rows == self.rows_of_a[0] for rows in self.rows_of_a)
-        return same and max(self.rows_of_a[0].values()) <= WIDEST and (self.bits >= 16 or self.method == "qlora")
+        return same and max(self.rows_of_a[0].values()) <= WIDEST
 
     @cached_property
     def strips(self) -> dict[str, int]:
@@ -231,8 +239,12 @@ def _weights(setup: Setup, layers: int) -> int:
     linears = sum(setup.matrices.values())
     strips = sum(sum(parts.values()) * setup.strips[kind] for kind, (_, parts) in setup.linears.items())
     rest = setup.parameters - layers * linears + (-setup.shape.vocab_size % 64) * setup.shape.hidden_size
-    scratch = max(setup.matrices.values()) * setup.size if setup.bits < 16 else 0  # a linear's weights, dequantised
-    return int(layers * linears * setup.bits / 8) + (layers * strips + rest) * setup.size + scratch
+    packed = int(layers * linears * setup.bits / 8)
+    if not setup.packed:
+        return packed + (layers * strips + rest) * setup.size
+    # Where a weight is formed: one place for each kind, strips behind it; else the weight at hand.
+    formed = linears + strips if setup.by_hand else max(setup.matrices.values())
+    return packed + (rest + formed) * setup.size
 
 
 def chunk_of(setup: Setup, choice: Choice) -> int:

@@ -99,7 +99,7 @@ class Planner:
                     smallest = least
                 if least.fits:
                     more = (self._made(config, setup, Choice(name, whole, pack)) for whole in wholes)
-                    found.append(next((plan for plan in more if plan.fits_well), least))
+                    found.append(next((plan for plan in more if self._keeps(config, plan)), least))
             if found:
                 return min(found, key=lambda plan: plan.seconds or 0.0)
         assert smallest is not None
@@ -110,6 +110,13 @@ class Planner:
         seconds = speed.step_seconds(setup, choice, self.card, steps) if self.card else None
         layers = self.shape.num_hidden_layers
         return Plan(setup.method, choice, memory.parts(setup, steps.load, choice), steps, layers, self.room, seconds)
+
+    def _keeps(self, config: TrainConfig, made: Plan) -> bool:
+        """Whether layers may be kept that need not be."""
+        if made.method == "qlora" and made.room is not None and not config.memory:
+            # whoever takes four bits has little memory, or other uses for it
+            return made.parts.total - made.parts.weights <= 0.3 * made.room
+        return made.fits_well
 
     def _optims(self, config: TrainConfig) -> list[str]:
         if config.method != "full":
@@ -129,7 +136,7 @@ class Planner:
     def _wholes(self, config: TrainConfig, setup: Setup) -> list[int]:
         """How many layers may keep their activations, from the most."""
         layers = self.shape.num_hidden_layers
-        if config.gradient_checkpointing != "auto" or setup.method == "qlora":
+        if config.gradient_checkpointing != "auto":
             return [1] if config.gradient_checkpointing != "false" else [layers]
         if setup.lora is None and setup.by_hand:
             return list(range(layers, 0, -1))

@@ -7,7 +7,7 @@ shares of what its maker says.
 from __future__ import annotations
 
 from minitune.train.cards import Card
-from minitune.train.memory import QLORA_BITS, Choice, Setup
+from minitune.train.memory import Choice, Setup
 from minitune.train.steps import Walk
 
 PRODUCTS = 0.75  # of the card's multiplications a second, in large products
@@ -68,10 +68,10 @@ def _traffic(setup: Setup, choice: Choice) -> float:
 
 def _weights_traffic(setup: Setup, choice: Choice) -> float:
     """Bytes a pack of weights of few bits that are made whole before each use."""
-    if setup.bits >= 8 * setup.size:
+    if not setup.packed:
         return 0.0
     count = setup.shape.num_hidden_layers * sum(setup.matrices.values())
-    return count * (QLORA_BITS / 8 + setup.size) * (2 + _recomputed(setup, choice))
+    return count * (setup.bits / 8 + setup.size) * (2 + _recomputed(setup, choice))
 
 
 def _update(setup: Setup, choice: Choice) -> float:
