@@ -60,29 +60,32 @@ CARDS = (
 
 def words(name: str) -> str:
     """A card's name without what sellers add: "NVIDIA GeForce RTX 4060 Ti" -> "4060ti"."""
-    plain = re.sub(r"nvidia|geforce|rtx|gtx|[^a-z0-9]", "", name.lower())
-    return re.sub(r"gib$", "gb", plain)
+    return re.sub(r"nvidia|geforce|rtx|gtx|[^a-z0-9]", "", name.lower())
+
+
+def key(card: Card) -> str:
+    """The same without the memory's size."""
+    return re.sub(r"\d\dgb$", "", words(card.name))
 
 
 def named(name: str) -> Card:
-    """The card of this name; UserError where the table has none."""
+    """The card of this name; UserError where the table has none, or several."""
     wanted = words(name)
-    for card in CARDS:
-        if wanted in (words(card.name), words(card.name).removesuffix("gb")):
-            return card
-    found = [card for card in CARDS if words(card.name).startswith(wanted)]
-    if wanted and len(found) == 1:
-        return found[0]
-    raise UserError(f"--card {name!r} is not in the table; it has {', '.join(card.name for card in CARDS)}")
+    found = [card for card in CARDS if wanted == words(card.name)] or [card for card in CARDS if wanted == key(card)]
+    if len(found) != 1:
+        raise UserError(f"--card {name!r} is not in the table; it has {', '.join(card.name for card in CARDS)}")
+    return found[0]
 
 
 def like(name: str, total: int) -> Card | None:
-    """The table's card that a driver's name and bytes of memory belong to; None where there is none."""
+    """The table's card that a driver's name and bytes of memory belong to; None where there is none. Names of cards
+    for a person's machine end where they end: a laptop's or a "Super" is another card."""
     plain = words(name)
-    fitting = [c for c in CARDS if words(c.name).removesuffix("gb") in plain or words(c.name) in plain]
-    fitting += [c for c in CARDS if c.name.startswith(("A100", "H100")) and c.name[:4].lower() in plain]
-    near = [c for c in fitting if abs(c.memory - total / GIB) < 0.15 * c.memory]
-    return max(near, key=lambda c: len(c.name), default=None)
+    for card in CARDS:
+        same = plain == key(card) if card.name[0].isdigit() else plain.startswith(key(card))
+        if same and abs(card.memory - total / GIB) < 0.15 * card.memory:
+            return card
+    return None
 
 
 def _taken(device: torch.device) -> tuple[int, int, int]:
