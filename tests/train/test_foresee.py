@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,8 @@ from runs import argv_of, with_
 from minitune.checkpoint.weights import read_config
 from minitune.cli import main
 from minitune.config import TrainConfig, UserError
+from minitune.data.store import EncodedRows
+from minitune.data.template import Encoded
 from minitune.train import across, cards, memory, plan_view, speed
 from minitune.train.foresee import Foretold, foresee
 from minitune.train.memory import GIB, MIB
@@ -27,6 +30,7 @@ from minitune.train.prepare import Prepared, prepare
 from minitune.train.run import train
 
 CARD = torch.device("cuda")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class FakeCard:
@@ -249,3 +253,22 @@ def test_the_table_is_no_wider_than_the_terminal(config: TrainConfig) -> None:
         drawn = "".join(text for text, _ in plan_view.bar(made, 50, made.parts.total))
         assert len(drawn) == 50 and " " not in drawn
         assert drawn.count("▚") == pytest.approx(50 * made.parts.context / made.parts.total, abs=1)
+
+
+def test_the_page_of_cards(shared: Path, tmp_path: Path) -> None:
+    """docs/which-card.md, both languages: the table is what `bench/which_card.py` prints, for the real data's lengths."""
+    lengths = json.loads((shared / "bench" / "huanhuan_lengths.json").read_text(encoding="utf-8"))
+    rows = EncodedRows.of([Encoded([5] * (p + a), [-100] * p + [5] * a) for p, a in lengths])
+    sys.path.insert(0, str(ROOT / "bench"))
+    try:
+        import train_command
+        import which_card
+    finally:
+        sys.path.remove(str(ROOT / "bench"))
+    (tmp_path / "config.json").write_text(json.dumps(train_command.CONFIG), encoding="utf-8")
+    ready = Prepared(tmp_path, None, None, rows, rows[:0], [])  # type: ignore[arg-type]
+    lines = which_card.table(TrainConfig(output="-"), ready)
+    for page in ("which-card.md", "which-card.zh-CN.md"):
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8").splitlines()
+        told = [line for line in text if line.startswith("|")][: len(lines)]
+        assert told[2:] == lines[2:] and told[0].count("|") == lines[0].count("|"), page
