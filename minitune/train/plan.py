@@ -21,6 +21,7 @@ from minitune.train.memory import GIB, Choice, Parts, Setup
 from minitune.train.steps import Walk, walk
 
 CHOICES = ("adamw", "adamw_8bit", "adamw_8bit_in_backward")  # from the most memory to the least
+CHUNKS = (256, 128)  # positions whose logits exist at once, where memory is very short
 SMALLEST = 256  # tokens a pack: smaller ones save nothing
 
 
@@ -41,6 +42,7 @@ class Plan:
     layers: int
     room: int | None
     seconds: float | None  # a step; None where the card is not known
+    spare: int = 0  # see `memory.spare`
 
     @property
     def fits(self) -> bool:
@@ -48,8 +50,8 @@ class Plan:
 
     @property
     def fits_well(self) -> bool:
-        """With room for what the arithmetic does not see: for layers that need not be kept."""
-        return self.room is None or self.parts.total <= 0.98 * self.room
+        """With room for what the arithmetic does not see."""
+        return self.room is None or self.parts.total + self.spare <= 0.98 * self.room
 
     @property
     def run_seconds(self) -> float | None:
@@ -94,7 +96,7 @@ class Planner:
             for pack in self._packs(config):
                 if self.walk(config, pack).load.several and config.optim == "auto" and name == CHOICES[-1]:
                     continue  # it takes steps of one pack
-                least = self._made(config, setup, Choice(name, wholes[-1], pack))
+                least = self._least(config, setup, Choice(name, wholes[-1], pack))
                 if smallest is None or least.parts.total < smallest.parts.total:
                     smallest = least
                 if least.fits:
@@ -105,11 +107,21 @@ class Planner:
         assert smallest is not None
         return smallest
 
+    def _least(self, config: TrainConfig, setup: Setup, choice: Choice) -> Plan:
+        """Its plan; under a bound that is tight, with as few logits at once as it takes."""
+        made = self._made(config, setup, choice)
+        for chunk in CHUNKS if config.memory else ():
+            if not made.fits_well:
+                made = self._made(config, setup, dataclasses.replace(choice, chunk=chunk))
+        return made
+
     def _made(self, config: TrainConfig, setup: Setup, choice: Choice) -> Plan:
         steps = self.walk(config, choice.pack)
         seconds = speed.step_seconds(setup, choice, self.card, steps) if self.card else None
         layers = self.shape.num_hidden_layers
-        return Plan(setup.method, choice, memory.parts(setup, steps.load, choice), steps, layers, self.room, seconds)
+        spare = memory.spare(setup, steps.load, choice) if config.memory else 0
+        parts = memory.parts(setup, steps.load, choice)
+        return Plan(setup.method, choice, parts, steps, layers, self.room, seconds, spare)
 
     def _keeps(self, config: TrainConfig, made: Plan) -> bool:
         """Whether layers may be kept that need not be."""

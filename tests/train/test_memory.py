@@ -263,3 +263,30 @@ def test_what_is_no_size(text: str) -> None:
     """A size without a unit is bytes, and so few are a slip."""
     with pytest.raises(UserError, match="it takes a size such as 8GiB"):
         bytes_of(text)
+
+
+def test_a_tight_bound_takes_fewer_logits_at_once(real: EncodedRows) -> None:
+    """6.5 GiB for the real rows: what layers computed again need fits, and with some room only so."""
+    config = TrainConfig(memory="6.5GiB", num_train_epochs=1)
+    made = on_h100(config, real).plan(config)
+    assert made.fits and made.choice.whole == 1 and 0 < made.choice.chunk < 512
+    wide = on_h100(config, real)._made(
+        config, Setup.of(config, MINICPM_2B, torch.bfloat16, (9, 0), True), Choice("adamw", 1)
+    )
+    width = (122753 + 63) // 64 * 64 * 2
+    assert wide.parts.total - made.parts.total <= (512 - made.choice.chunk) * width
+    loose = TrainConfig(memory="8GiB", num_train_epochs=1)
+    assert on_h100(loose, real).plan(loose).choice.chunk == 0
+
+
+def test_a_bound_leaves_room_for_the_heads_gradient(real: EncodedRows) -> None:
+    """Inside backward, in 13 GiB: all that layers keep and the head's gradient, none of which lies in a hole."""
+    config = TrainConfig(method="full", memory="13GiB", num_train_epochs=1)
+    made = on_h100(config, real).plan(config)
+    assert made.choice.optim == EIGHT and made.fits_well
+    state = 2_724_880_896 * (2 + 2 + 1 / 32)  # weights, two moments of a byte, scales
+    layer, token = (6 * 2304 + 2 * 5760) * 2 + 4 * 36, 2304 * 2
+    tokens = made.walk.load.tokens
+    kept = tokens * (made.choice.whole * layer + (40 - made.choice.whole) * token)
+    logits, head = made.walk.load.positions * 122816 * 2, 122753 * 2304 * 2
+    assert state + kept + logits + head + made.parts.context < 12.9 * GIB
