@@ -17,7 +17,7 @@ from minitune.model.decoder import Decoder, DecoderConfig
 from minitune.model.quantized import Int4Linear
 from minitune.train import cards, memory, speed
 from minitune.train.cards import Card
-from minitune.train.memory import GIB, Choice, Parts, Setup
+from minitune.train.memory import GIB, Choice, Load, Parts, Setup
 from minitune.train.steps import Walk, walk
 
 CHOICES = ("adamw", "adamw_8bit", "adamw_8bit_in_backward")  # from the most memory to the least
@@ -154,6 +154,12 @@ class Planner:
         if setup.lora is None and setup.by_hand:
             return list(range(layers, 0, -1))
         return [layers, 1] if layers > 1 else [1]
+
+    def least(self, config: TrainConfig) -> int:
+        """Bytes below which no step of this method is possible, whatever the rows are."""
+        setup, tiny = self.setup(config), Load(128, 64, 128)
+        whole = self._wholes(config, setup)[-1]
+        return min(memory.parts(setup, tiny, Choice(name, whole, 128, 64)).total for name in self._optims(config))
 
     def refused(self, config: TrainConfig, made: Plan) -> UserError:
         """The line about a plan that does not fit, with the nearest setting that does."""
