@@ -42,6 +42,7 @@ from minitune.model.lora import Dropout
 from minitune.model.rope import rotate
 
 WIDEST = 256  # rows of A that the kernels' tiles hold: more would not fit the memory of a processor
+HEADS = (16, 32, 64, 128, 256)  # widths of a head that the kernels' tiles hold
 STRIP = 64  # strips are multiples of this: rows stay aligned for the matrix units
 
 
@@ -56,7 +57,7 @@ def why_not(decoder: Decoder, adapters: bool = True) -> str:
         return reason
     if adapters and decoder.lora_config is None:
         return "no adapter learns"
-    if decoder.config.head_dim not in (16, 32, 64, 128, 256):
+    if decoder.config.head_dim not in HEADS:
         return f"heads of {decoder.config.head_dim} are no power of two"
     for kind in Slot.KINDS:
         linears = decoder.of_kind(kind)

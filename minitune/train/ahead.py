@@ -81,6 +81,7 @@ class Loading:
         self._compilers = ThreadPoolExecutor(8, thread_name_prefix="compile")
         self._thread: threading.Thread | None = None
         self._decoder: Decoder | None = None
+        self.shape: Any = None  # the decoder's, from `begin` on
         self._error: BaseException | None = None
 
     def begin(self, base: Path) -> None:
@@ -90,6 +91,7 @@ class Loading:
 
         shards = Shards(base)
         empty = skeleton(shards)
+        self.shape = empty.config
         self._thread = threading.Thread(target=self._run, args=(shards, empty), name="weights", daemon=True)
         self._thread.start()
         threading.Thread(target=self._compile, args=(empty,), name="kernels", daemon=True).start()
