@@ -115,6 +115,9 @@ def one_pack_steps(loader: Loader, per_epoch: Sequence[int], total: int) -> NDAr
         total -= count
         if not count:
             break
+        if loader.ranks > 1:
+            out.append(_shares_of(loader, epoch, count))
+            continue
         plan = loader.steps(epoch)
         starts, rows = plan.bounds[:count], plan.order[: plan.bounds[count]]
         tokens = np.add.reduceat(loader.lengths[rows], starts)
@@ -124,6 +127,20 @@ def one_pack_steps(loader: Loader, per_epoch: Sequence[int], total: int) -> NDAr
         columns = (np.full(count, epoch), np.arange(count), tokens, documents, supervised)
         out.append(np.stack(columns, axis=1)[whole])
     return np.concatenate(out)
+
+
+def _shares_of(loader: Loader, epoch: int, count: int) -> NDArray[np.int64]:
+    """The same of this process's share, for those of an epoch's first `count` steps that are at most one pack for each
+    process: they are the same steps for all."""
+    found = []
+    for step in range(count):
+        plans = loader.plans(epoch, step)
+        if max(map(len, plans)) == 1:
+            mine = plans[loader.rank][0] if plans[loader.rank] else []
+            supervised = int(loader.rows.supervised[mine].sum())
+            # without a row: one token that counts for nothing
+            found.append((epoch, step, max(1, int(loader.lengths[mine].sum())), max(1, len(mine)), supervised))
+    return np.array(found, dtype=np.int64).reshape(-1, 5)
 
 
 def quicken(

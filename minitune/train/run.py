@@ -89,7 +89,7 @@ def train(config: TrainConfig, quiet: bool = False, answer: Answer | None = None
                 lines = [*ready.lines, *lines, *getattr(run.sharded, "lines", ())]
                 for line in [*lines, *describe(config, decoder, step, total, loader)]:
                     report.say(line)
-                if device.type == "cuda" and run.done < total and team.size == 1 and not run.sharded:
+                if device.type == "cuda" and run.done < total and not run.sharded:
                     clock.begin("capture")
                     loading.compiled()
                     run.step, line = fast.quicken(step, loader, per_epoch, total)

@@ -38,7 +38,7 @@ class Sharded:
         )
 
         self.team, self.decoder = team, decoder
-        decoder.padding = 0  # the zero rows behind the head are not sharded
+        decoder.padding = 0  # the zero rows behind the head are not sharded: the loss pads a copy
         self.mesh = init_device_mesh(decoder.device.type, (team.size,))
         exact = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         for module in [*decoder.layers, decoder]:
