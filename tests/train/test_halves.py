@@ -157,10 +157,10 @@ def test_even_shares_are_one_pack_each() -> None:
 
 @pytest.mark.gpu
 def test_two_cards_are_one(processes: Any, config: TrainConfig, tmp_path: Any) -> None:
-    """A captured run on two cards: the numbers of one card, in float32."""
+    """A captured run on two cards, two of its steps of several packs: the numbers of one card, in float32."""
     if torch.cuda.device_count() < 2:
         pytest.skip("two cards are wanted")
-    config = with_(config, device="cuda", dtype="float32", tokens_per_pack=64, num_train_epochs=2, **STEADY)
+    config = with_(config, device="cuda", dtype="float32", tokens_per_pack=96, num_train_epochs=2, **STEADY)
     train(config, quiet=True)
     many = with_(config, output=str(tmp_path / "many"))
     launch = together(processes, tmp_path, many, 2)
