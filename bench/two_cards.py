@@ -34,10 +34,11 @@ from lora_step import LENGTHS, driver_gib, our_decoder, profile, rows_of
 from sides import MARK, give
 
 SIDES = ("lora", "full")
+EPOCHS = 4
 
 
-def made(arguments: argparse.Namespace, side: str, team: Any) -> tuple[Any, Any, Any, int]:
-    """(the step, its loader, one of steps of twice `--tokens`, steps of the timed loader)."""
+def made(arguments: argparse.Namespace, side: str, team: Any) -> tuple[Any, Any, Any]:
+    """(the step, its loader, one of steps of twice `--tokens`)."""
     from minitune.config import TrainConfig
     from minitune.data.store import EncodedRows
     from minitune.data.template import Encoded
@@ -54,18 +55,17 @@ def made(arguments: argparse.Namespace, side: str, team: Any) -> tuple[Any, Any,
     twice = TrainConfig(tokens_per_step=arguments.tokens * 2, method=side, **settings)
     rows = EncodedRows.of([Encoded(ids, labels) for ids, labels in rows_of(arguments)])
     loader, whole = (make_loader(one, rows, decoder.device, team=team) for one in (config, twice))
-    per_epoch = [len(loader.steps(epoch)) for epoch in range(4)]
-    total = min(arguments.steps, sum(per_epoch))
     if side == "lora":
         _, plain = equip(config, decoder, rows, team)
-        return *fast.quicken(plain, loader, per_epoch, total)[:1], loader, whole, total
+        per_epoch = [len(loader.steps(epoch)) for epoch in range(EPOCHS)]
+        return fast.quicken(plain, loader, per_epoch, sum(per_epoch))[0], loader, whole
     if team.size == 1:  # what `equip` would not do with one process
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     decoder.requires_grad_(True)
     recompute_layers(decoder)
     sharing = Sharded(team, decoder)
     step = TrainStep(decoder, AdamW(sharing.parameters, config), max_grad_norm=1.0, sharing=sharing)  # type: ignore[arg-type]
-    return step, loader, whole, total
+    return step, loader, whole
 
 
 def side_of(arguments: argparse.Namespace, side: str) -> None:
@@ -76,9 +76,11 @@ def side_of(arguments: argparse.Namespace, side: str) -> None:
     began = time.perf_counter()
     with join(TrainConfig(device="cuda"), lambda: "nothing is kept") as team:
         team.device("cuda")
-        step, loader, whole, total = made(arguments, side, team)
-        places = [(epoch, i) for epoch in range(4) for i in range(len(loader.steps(epoch)))][:total]
-        batches = [loader.batch(*place) for place in places]
+        step, loader, whole = made(arguments, side, team)
+        # full steps alone: an epoch's last one is short
+        places = [(epoch, i) for epoch in range(EPOCHS) for i in range(len(loader.steps(epoch)) - 1)]
+        batches = [loader.batch(*place) for place in places[: arguments.steps]]
+        total = len(batches)
         rate = 1e-4 if side == "lora" else 1e-5
         losses = [step(whole.batch(0, i), rate).loss for i in range(3)]
         losses = [round(float(loss), 4) for loss in losses]
