@@ -46,6 +46,11 @@ def why_not_on(device: torch.device) -> str:
     return fused.kernels.why_not(device) if device.type == "cuda" else "no card"
 
 
+def plain_engine(config: TrainConfig) -> bool:
+    """Whether a run's engine takes plain layers on any card: DeepSpeed, and FSDP2 of several processes."""
+    return bool(config.deepspeed) or (config.method == "full" and int(os.environ.get("WORLD_SIZE") or 1) > 1)
+
+
 def strips_of(decoder: Decoder, lora: LoraConfig) -> dict[str, int]:
     """{kind: width}: the strips for `Decoder.allocate` that `model.fused` will want of these adapters; none where the
     layers can't be fused. The decoder may be on `meta`, without adapters."""

@@ -60,10 +60,11 @@ class Team:
             torch.cuda.set_device(device)  # kernels and captures take the current one
         return device
 
-    def closing(self, call: Callable[[], None]) -> None:
-        """What gives the terminal back, should another process's death end this one."""
+    def watched(self, close: Callable[[], None], doing: Callable[[], str]) -> None:
+        """close: gives the terminal back, should another process's death end this one. doing: what this one does now,
+        "steps" where a standstill of all is a fault."""
         if self.lifeline is not None:
-            self.lifeline.closing = call
+            self.lifeline.closing, self.lifeline.doing = close, doing
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -109,6 +110,8 @@ class Team:
         """Whether any process wishes so. The hosts wait for each other, the devices don't."""
         if self.size == 1:
             return wish
+        if self.lifeline is not None:
+            self.lifeline.steps += 1  # each step asks
         wishes = torch.tensor(float(wish))
         dist.all_reduce(wishes)
         return bool(wishes > 0)

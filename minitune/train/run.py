@@ -80,7 +80,7 @@ def train(config: TrainConfig, quiet: bool = False, answer: Answer | None = None
             about = About(total, config.num_train_epochs, title, bool(len(ready.held_out)), watch.prompts)
             kind, view = (Report, choose(about, quiet)) if team.first else (Silent, choose(about, True))
             report = kind(output, total, config.logging_steps, device, view, step.loss_scale is not None)
-            team.closing(report.view.close)
+            team.watched(report.view.close, lambda: clock.name)
             run = Run(config, ready, decoder, optimizer, step, loader, report, watch, total, per_epoch, clock, program)
             run.team, run.sharded = team, sharded_of(step)
             try:

@@ -146,6 +146,43 @@ def test_a_process_that_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(said) == 2 and sorted(said)[0] == "" and sorted(said)[1].startswith("rank 2 on "), said
 
 
+def test_a_step_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that go on, one process that saves for long, then one that stays behind in its step: that one is named,
+    once, and neither the first step nor the saving was taken for a fault."""
+    for name, value in (("BEAT", 0.05), ("HANG", 0.5), ("PAUSES", 2), ("SILENT", 60.0)):
+        monkeypatch.setattr(lifeline, name, value)
+    said: list[str] = []
+
+    class Watched(lifeline.Lifeline):
+        def _leave(self, why: str) -> None:
+            said.append(why)
+            self._ended.set()
+
+    store = TCPStore("127.0.0.1", free_port(), is_master=True, wait_for_workers=False)
+    three = [Watched(store, rank, 3, lambda: "") for rank in range(3)]
+    doing = ["steps"] * 3
+    for rank, one in enumerate(three):
+        one.doing = lambda r=rank: doing[r]  # type: ignore[misc]
+        one.steps = 1
+        one.start()
+    time.sleep(1.0)  # the first step
+    for _ in range(5):
+        for one in three:
+            one.steps += 1
+        time.sleep(0.1)
+    doing[0] = "saving"
+    time.sleep(1.0)
+    assert said == []
+    doing[0] = "steps"
+    for one in three[:2]:
+        one.steps += 1
+    for one in three:
+        one.join(10)
+    assert len(said) >= 1 and [line for line in said if line] == [next(filter(None, said))], said
+    assert "no step has ended for" in next(filter(None, said)) and "rank 2 on " in next(filter(None, said))
+    assert "rank 0" not in "".join(said) and "rank 1" not in "".join(said)
+
+
 @pytest.mark.parametrize("fault", [None, UserError("bad")])
 def test_the_signal_handler_of_before_comes_back(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, fault: UserError | None
