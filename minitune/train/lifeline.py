@@ -20,7 +20,7 @@ from torch.distributed import Store
 BEAT = 1.0  # seconds
 SILENT = 20.0  # without a beat, a process is dead, or as good as dead
 BROKEN = 4.0  # the same where a connection to it has just broken
-HANG = 300.0  # without a new step of any process; at least so many of the longest pauses between steps so far:
+HANG = 600.0  # without a new step of any process; at least so many of the longest pauses between steps so far:
 PAUSES = 20
 GRACE = 10.0  # from a launcher's SIGTERM, which comes as soon as one process has died, to the end
 
