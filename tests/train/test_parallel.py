@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import ROWS, Launch, argv_of, free_port, log_of, result_of, rows_of, with_
+from runs import ROWS, Launch, argv_of, free_port, log_of, one_of, result_of, rows_of, with_
 from talker import write_rows
 from torch.distributed import TCPStore
 
@@ -19,7 +19,7 @@ from minitune import TrainConfig, UserError, train
 from minitune.checkpoint import resume
 from minitune.data.loader import Loader
 from minitune.data.template import Encoded
-from minitune.train import lifeline, parallel
+from minitune.train import lifeline, parallel, sharded
 from minitune.train.checks import check_settings
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -76,6 +76,23 @@ def test_the_numbers_of_one(processes: Any, config: TrainConfig, tmp_path: Path,
     close(config.output, many.output)
     assert "done: 5 steps" in launch.said[0] and launch.said[1:] == [""] * (size - 1)
     assert len(rows_of(many.output)) == len(rows_of(config.output))
+
+
+def one_of_whole(*args: Any) -> None:
+    """The body of a process whose layers stay whole until backward, as on cards that have the memory."""
+    sharded.keeps_whole = lambda *_: True
+    one_of(*args)
+
+
+def test_layers_that_stay_whole(processes: Any, config: TrainConfig, tmp_path: Path) -> None:
+    """The numbers of one process, several packs a step, a held-out loss and a checkpoint between steps."""
+    settings: dict[str, Any] = {"method": "full", "eval_fraction": 0.2, "tokens_per_pack": 64, "eval_steps": 2}
+    config = with_(config, num_train_epochs=1, save_steps=3, **settings, **STEADY)
+    train(config, quiet=True)
+    many = with_(config, output=str(tmp_path / "many"))
+    launch = Launch(processes, tmp_path, [argv_of(many)] * 2, body=one_of_whole)
+    assert launch.codes() == [0, 0], launch.said
+    close(config.output, many.output)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
