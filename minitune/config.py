@@ -117,8 +117,8 @@ class TrainConfig:
     )
     optim: Literal["auto", "adamw", "adamw_8bit", "adamw_8bit_in_backward"] = setting(
         "auto",
-        "--method full: bits of AdamW's moments, 32 or 8; in_backward: no gradient is kept, each is clipped by its own "
-        "norm; auto: the first that fits",
+        "--method full: bits of AdamW's moments, 32 or 8; in_backward: no gradient is kept, each is clipped by itself, "
+        "to its share; auto: the first that fits",
         group="optimisation",
     )
     seed: int = setting(

@@ -227,9 +227,8 @@ class Run:
             "best": self.best.state_dict(),
             **identity(self.config, self.ready),
         }
-        keep = self.best.step if self.config.load_best_model_at_end else 0
-        saved = resume.saved(Path(self.config.output), self.done, state, self.config.save_total_limit, keep)
-        with self.clock.during("saving"), saved as part:
+        keep, limit = self.best.step if self.config.load_best_model_at_end else 0, self.config.save_total_limit
+        with self.clock.during("saving"), resume.saved(Path(self.config.output), self.done, state, limit, keep) as part:
             if self.sharded:
                 self.team.all_of(str(part))
                 self.sharded.save(part, self.optimizer)
@@ -304,19 +303,20 @@ class Run:
         output = Path(self.config.output)
         self.report.view.busy("writing the result …")
         self.report.picture_begins()
-        held = self.report.evals[-1][1] if self.report.evals else None
+        held, step = self.report.evals[-1][1] if self.report.evals else None, self.done
         if self.config.load_best_model_at_end and self.best.step not in (0, self.done):
             best = output / f"checkpoint-{self.best.step}"
             if (best / resume.STATE).is_file():
                 self.load_weights(best)
-                held = self.best.loss
+                held, step = self.best.loss, self.best.step
             else:
                 self.report.say(f"note: {best} is gone; {output} holds the weights of step {self.done} instead")
         if not self.team.first:
             self.help_saving(checkpoint=False)
             return {}
         with moved_into(output) as part:
-            self.write(part)
+            if self.sharded or not resume.linked(output / f"checkpoint-{step}", part):
+                self.write(part)
         if isinstance(self.step, CapturedStep) and (plain := self.step.plain_steps):
             self.report.say(f"note: {plain} steps ran plain: no captured capacity held them")
         self.report.picture()

@@ -86,7 +86,7 @@ class Sharded:
         held, full = None, torch.empty(0)
         for name, (tensor, rows) in hub_places(self.decoder).items():
             if tensor is not held:
-                held, full = tensor, tensor.detach().full_tensor()  # type: ignore[attr-defined]
+                held, full = tensor, tensor.detach().full_tensor().cpu()  # type: ignore[attr-defined]
             yield name, full if rows is None else full[rows]
 
     @torch.no_grad()

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from minitune.checkpoint import resume
 from minitune.checkpoint.shards import Shards
-from minitune.checkpoint.weights import hub_places, write_safetensors
+from minitune.checkpoint.weights import hub_places
+from minitune.checkpoint.writing import write_safetensors
 from minitune.config import TrainConfig, UserError
 from minitune.data.loader import Pack, StepBatch
 from minitune.model.decoder import Decoder
