@@ -110,7 +110,9 @@ class Loading:
             from minitune.train.prepare import lora_of, training_dtype
 
             kind = training_dtype(self.config, self.device)
-            if self.config.method == "full":
+            if fast.plain_engine(self.config):
+                pass  # what would be compiled is not launched
+            elif self.config.method == "full":
                 fast.compile_full_early(self.config, empty, kind, self.device, self._compilers)
             else:
                 lora = lora_of(self.config)
@@ -139,7 +141,7 @@ class Loading:
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)  # a thread has a current card of its own
         strips = None
-        if self.config.method != "full" and not fast.why_not_on(self.device):
+        if self.config.method != "full" and not fast.plain_engine(self.config) and not fast.why_not_on(self.device):
             strips = partial(fast.strips_of, lora=lora_of(self.config))
         kind = str(training_dtype(self.config, self.device)).removeprefix("torch.")
         with shards:

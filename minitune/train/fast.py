@@ -46,6 +46,11 @@ def why_not_on(device: torch.device) -> str:
     return fused.kernels.why_not(device) if device.type == "cuda" else "no card"
 
 
+def plain_engine(config: TrainConfig) -> bool:
+    """Whether a run's engine takes plain layers on any card: DeepSpeed, and FSDP2 of several processes."""
+    return bool(config.deepspeed) or (config.method == "full" and int(os.environ.get("WORLD_SIZE") or 1) > 1)
+
+
 def strips_of(decoder: Decoder, lora: LoraConfig) -> dict[str, int]:
     """{kind: width}: the strips for `Decoder.allocate` that `model.fused` will want of these adapters; none where the
     layers can't be fused, or have four bits (theirs lie where a weight is formed). The decoder may be on `meta`,
@@ -123,6 +128,9 @@ def every_step(loader: Loader, per_epoch: Sequence[int], total: int) -> NDArray[
         total -= count
         if not count:
             break
+        if loader.ranks > 1:
+            out.append(_shares_of(loader, epoch, count))
+            continue
         plan = loader.steps(epoch)
         starts, rows = plan.bounds[:count], plan.order[: plan.bounds[count]]
         tokens = np.add.reduceat(loader.lengths[rows], starts)
@@ -132,6 +140,19 @@ def every_step(loader: Loader, per_epoch: Sequence[int], total: int) -> NDArray[
         columns = (np.full(count, epoch), np.arange(count), tokens, documents, supervised, whole)
         out.append(np.stack(columns, axis=1).astype(np.int64))
     return np.concatenate(out)
+
+
+def _shares_of(loader: Loader, epoch: int, count: int) -> NDArray[np.int64]:
+    """The same of this process's share of an epoch's first `count` steps; one pack: at most one for each process, which
+    is so for all of them or none."""
+    found = []
+    for step in range(count):
+        plans = loader.plans(epoch, step)
+        mine = [row for pack in plans[loader.rank] for row in pack]
+        tokens, supervised = int(loader.lengths[mine].sum()), int(loader.rows.supervised[mine].sum())
+        # without a row: one token that counts for nothing
+        found.append((epoch, step, max(1, tokens), max(1, len(mine)), supervised, max(map(len, plans)) == 1))
+    return np.array(found, dtype=np.int64).reshape(-1, 6)
 
 
 def one_pack_steps(loader: Loader, per_epoch: Sequence[int], total: int) -> NDArray[np.int64]:

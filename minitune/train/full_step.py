@@ -131,7 +131,7 @@ class FullStep(TrainStep):
                 self.stack.backward(tape, self.sink)
         if isinstance(optimizer, AdamW):
             self._hand_over()
-            return self._update(loss)
+            return self.update(loss)
         vectors = self._vectors()
         if optimizer.in_backward:
             norm, skip = optimizer.close(vectors)

@@ -30,7 +30,8 @@ from minitune.train.full_step import FullStep
 from minitune.train.memory import Choice
 from minitune.train.optim import AdamW, LossScale
 from minitune.train.optim8 import AdamW8
-from minitune.train.parallel import ALONE, Replicas, Team
+from minitune.train.parallel import ALONE, Team
+from minitune.train.replicas import Replicas
 from minitune.train.sharded import Sharded
 from minitune.train.step import Sharing, TrainStep, recompute_layers
 
@@ -205,8 +206,10 @@ def describe(config: TrainConfig, decoder: Decoder, step: TrainStep, total: int,
         f"learning rate {config.resolved_learning_rate:g}; {kind} on {decoder.device}; {kernel} attention"
     ]
     if loader.ranks > 1 and not config.deepspeed:
-        how = "every parameter sharded (FSDP2)" if config.method == "full" else "adapters' gradients added up"
-        lines.append(f"{loader.ranks} processes, {how}; a step's rows are dealt to them; plain steps, not captured")
+        how, step_kind = "adapters' gradients added up", ""
+        if config.method == "full":
+            how, step_kind = "every parameter sharded (FSDP2)", "; plain steps, not captured"
+        lines.append(f"{loader.ranks} processes, {how}; a step's rows are dealt to them{step_kind}")
     if isinstance(step, FullStep):
         lines.append(full.said(config, step))
     if is_packed(decoder) and not step.by_hand:

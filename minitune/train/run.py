@@ -80,7 +80,7 @@ def train(config: TrainConfig, quiet: bool = False, answer: Answer | None = None
             about = About(total, config.num_train_epochs, title, bool(len(ready.held_out)), watch.prompts)
             kind, view = (Report, choose(about, quiet)) if team.first else (Silent, choose(about, True))
             report = kind(output, total, config.logging_steps, device, view, step.loss_scale is not None)
-            team.closing(report.view.close)
+            team.watched(report.view.close, lambda: clock.name)
             run = Run(config, ready, decoder, optimizer, step, loader, report, watch, total, per_epoch, clock, program)
             run.team, run.sharded, run.foretold = team, sharded_of(step), Foretold(total, planned)
             try:
@@ -89,7 +89,7 @@ def train(config: TrainConfig, quiet: bool = False, answer: Answer | None = None
                 lines = [*ready.lines, *lines, *getattr(run.sharded, "lines", ())]
                 for line in [*lines, *describe(config, decoder, step, total, loader)]:
                     report.say(line)
-                if device.type == "cuda" and run.done < total and team.size == 1 and not run.sharded:
+                if device.type == "cuda" and run.done < total and not run.sharded:
                     clock.begin("capture")
                     loading.compiled()
                     run.step, line = fast.quicken(step, loader, per_epoch, total)
