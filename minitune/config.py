@@ -68,8 +68,11 @@ class TrainConfig:
     output: str = setting(
         "", "the run's folder; one that holds a run is never overwritten", group="start here", required=True
     )
-    method: Literal["lora", "full"] = setting(
-        "lora", "what learns; lora: a small adapter, fits small cards; full: every parameter", group="start here"
+    method: Literal["lora", "qlora", "full"] = setting(
+        "lora",
+        "what learns; lora: a small adapter, fits small cards; qlora: the same over a base in 4 bits; "
+        "full: every parameter",
+        group="start here",
     )
     num_train_epochs: float = setting(
         3.0, "passes over the data; more on few rows is recited, not learned", group="start here"
@@ -119,8 +122,8 @@ class TrainConfig:
     )
     optim: Literal["auto", "adamw", "adamw_8bit", "adamw_8bit_in_backward"] = setting(
         "auto",
-        "--method full: bits of AdamW's moments, 32 or 8; in_backward: no gradient is kept, each is clipped by its own "
-        "norm; auto: the first that fits",
+        "--method full: bits of AdamW's moments, 32 or 8; in_backward: no gradient is kept, each is clipped by itself, "
+        "to its share; auto: the first that fits",
         group="optimisation",
     )
     seed: int = setting(

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from minitune.model import fused_kernels as fk
 from minitune.model.decoder import Linear
+from minitune.model.four_bits import Room, form
 from minitune.model.kernels import launch
+from minitune.model.quantized import Int4Linear
 
 
 def next_power_of_2(n: int) -> int:
@@ -45,7 +47,7 @@ class Beside:
 
     def __init__(self, device: torch.device):
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.held: list[tuple[Tensor, ...]] = []
+        self.held: list[tuple[torch.cuda.Event, tuple[Tensor, ...]]] = []
 
     @contextmanager
     def __call__(self, *held: Tensor) -> Iterator[None]:
@@ -54,51 +56,75 @@ class Beside:
         if self.stream is None:
             yield
             return
-        self.held.append(held)
+        done = torch.cuda.Event()
+        self.held.append((done, held))
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             yield
+            done.record()
 
-    def join(self) -> None:
-        """The current stream waits for all of it."""
-        if self.stream is not None and self.held:
-            torch.cuda.current_stream().wait_stream(self.stream)
-            self.held.clear()
+    def join(self, but: int = 0) -> None:
+        """The current stream waits for all of it but the last so many."""
+        if (count := len(self.held) - but) > 0:
+            torch.cuda.current_stream().wait_event(self.held[count - 1][0])
+            del self.held[:count]
 
 
 class Slot:
     """One linear of one layer with what its adapter needs; R = P = Q = r = 0 where there is none. split: dh comes of a
-    multiplication of its own, on the second stream."""
+    multiplication of its own, on the second stream. room: where a packed linear's weight is formed, shared by all
+    layers; `wide_YX` is that memory then."""
 
     KINDS = ("attn.qkv", "attn.o", "mlp.gate_up", "mlp.down")
 
-    def __init__(self, linear: Linear, wide_YX: Tensor, rows: tuple[Tensor, Tensor] | None):
-        self.wide, self.lora = wide_YX, linear.lora
-        self.Y, self.X = linear.weight.shape
+    def __init__(self, linear: Linear, wide_YX: Tensor, rows: tuple[Tensor, Tensor] | None, room: Room | None = None):
+        self.wide, self.lora, self.linear, self.room = wide_YX, linear.lora, linear, room
+        self.Y, self.X = linear.out_features, linear.in_features
         self.R = wide_YX.shape[1] - self.X
         self.split = self.R > 0 and self.Y >= SPLIT
         self.P = self.Q = self.r = 0
         self.s = 1.0
         self.a = self.site = self.part = self.row = wide_YX  # never read without an adapter
-        self.da = self.db = wide_YX
+        self.da = self.db = self.b = wide_YX
         if linear.lora is not None and rows is not None:
             self.P, self.r, self.s = linear.lora.A.shape[0], linear.lora.r, linear.lora.scale
             self.Q = max(16, next_power_of_2(self.P))
             self.site, (self.part, self.row) = linear.lora.site, rows
 
+    def weight(self) -> Tensor:
+        """[Y, X + R]; of a packed linear formed here, unless it is what was formed last. What the second stream reads
+        of it is joined before the next one is asked for."""
+        if self.room is not None and self.room.holder is not self:
+            assert isinstance(self.linear, Int4Linear)
+            form(self.linear.weight_packed, self.linear.weight_scale, self, self.wide)
+            self.room.holder = self
+        return self.wide
+
     def forward(self, x_TX: Tensor) -> Tensor:
-        return torch.mm(x_TX, self.wide.t())
+        return torch.mm(x_TX, self.weight().t())
 
     def backward(self, dy_TY: Tensor, beside: Beside, needs_dx: bool = True) -> Tensor:
         """[dx | dh] [T, X + R]; dx is left as it is where nobody needs it."""
+        wide = self.weight()
         if self.R == 0 or (needs_dx and not self.split):
-            return torch.mm(dy_TY, self.wide)
+            return torch.mm(dy_TY, wide)
         out = torch.empty(dy_TY.shape[0], self.X + self.R, dtype=dy_TY.dtype, device=dy_TY.device)
         with beside(dy_TY, out):
-            torch.mm(dy_TY, self.wide[:, self.X :], out=out[:, self.X :])
+            torch.mm(dy_TY, wide[:, self.X :], out=out[:, self.X :])
         if needs_dx:
-            torch.mm(dy_TY, self.wide[:, : self.X], out=out[:, : self.X])
+            torch.mm(dy_TY, wide[:, : self.X], out=out[:, : self.X])
         return out
+
+
+def row_table(linear: Linear) -> tuple[Tensor, Tensor]:
+    """int32 [Y] twice: the part of the adapter that an output row belongs to (-1: none), and its row of B."""
+    assert linear.lora is not None
+    part = torch.full((linear.out_features,), -1, dtype=torch.int32)
+    row = torch.zeros_like(part)
+    for i, (_, _, b, y) in enumerate(linear.lora.rows()):
+        part[y] = i
+        row[y] = torch.arange(b.start, b.stop, dtype=torch.int32)
+    return part.to(linear.lora.A.device), row.to(linear.lora.A.device)
 
 
 def _grid(tokens: int, columns: int, tile: Tile) -> tuple[int, int]:
@@ -168,9 +194,10 @@ def silu_mul(gate_up: Tensor, slot: Slot) -> Tensor:
 
 
 def silu_mul_back(
-    gate_up: Tensor, dx: Tensor, slot: Slot, drop: Tensor | None, gain: float, along: bool
+    gate_up: Tensor, dx: Tensor, slot: Slot, drop: Tensor | None, gain: float, along: bool, again: bool = False
 ) -> Tensor | None:
-    """gate_up becomes gain · its gradient. along: gives shares of Σ of the products of both, see `norm_back`."""
+    """gate_up becomes gain · its gradient. along: gives shares of Σ of the products of both, see `norm_back`. again:
+    dx becomes what `silu_mul` gave (where no adapter is)."""
     tile = TILES["silu_mul_back"]
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     grid = _grid(tokens, width, tile)
@@ -178,7 +205,7 @@ def silu_mul_back(
     launch(
         fk._silu_mul_back, grid,
         gate_up, dx, _or(shares, dx), slot.a, _or(drop, dx), slot.site, slot.s, gain, tokens,
-        F=width, R=slot.R, P=slot.P, Q=slot.Q, DROP=drop is not None, ALONG=along,
+        F=width, R=slot.R, P=slot.P, Q=slot.Q, DROP=drop is not None, ALONG=along, AGAIN=again,
         BT=tile.rows, BH=tile.columns, num_warps=tile.warps,
     )  # fmt: skip
     return shares

@@ -88,10 +88,17 @@ class Loading:
         """Checks the names and shapes in `base` now (UserError), and reads from now on."""
         from minitune.checkpoint.shards import Shards
         from minitune.checkpoint.weights import skeleton
+        from minitune.config import UserError
+        from minitune.model import four_bits
 
         shards = Shards(base)
         empty = skeleton(shards)
         self.shape = empty.config
+        if self.config.method == "qlora":
+            try:
+                four_bits.make_room(empty)
+            except ValueError as error:
+                raise UserError(f"{base}: {error}") from None
         self._thread = threading.Thread(target=self._run, args=(shards, empty), name="weights", daemon=True)
         self._thread.start()
         threading.Thread(target=self._compile, args=(empty,), name="kernels", daemon=True).start()
@@ -103,7 +110,9 @@ class Loading:
             from minitune.train.prepare import lora_of, training_dtype
 
             kind = training_dtype(self.config, self.device)
-            if self.config.method == "full":
+            if fast.plain_engine(self.config):
+                pass  # what would be compiled is not launched
+            elif self.config.method == "full":
                 fast.compile_full_early(self.config, empty, kind, self.device, self._compilers)
             else:
                 lora = lora_of(self.config)
@@ -135,7 +144,7 @@ class Loading:
         if foresee.hopeless(self.config, shards.folder, empty.config, self.device):
             raise UserError(f"{shards.folder}: its weights do not fit the card")  # the plan says more, and sooner
         strips = None
-        if self.config.method != "full" and not fast.why_not_on(self.device):
+        if self.config.method != "full" and not fast.plain_engine(self.config) and not fast.why_not_on(self.device):
             strips = partial(fast.strips_of, lora=lora_of(self.config))
         kind = str(training_dtype(self.config, self.device)).removeprefix("torch.")
         with shards:

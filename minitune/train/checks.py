@@ -66,6 +66,8 @@ def check_settings(config: TrainConfig) -> None:
             raise UserError(f"{name} needs held-out rows; add --eval_fraction 0.05, or --eval_data FILE")
     check_memory(config)
     check_optimizer(config)
+    if config.method == "qlora" and config.deepspeed:
+        raise UserError("qlora and --deepspeed don't go together; torchrun without --deepspeed does, or --method lora")
     check_trackers(config.track)
     stage = zero_config.stage_of(zero_config.read(config)) if config.deepspeed else 0
     if config.watch and (stage == 3 or (several() and config.method == "full" and not stage)):

@@ -1,7 +1,7 @@
 """The fast step of a card: layers by hand (`model.fused`, `model.full`), the step captured (`train.graph`), batches
 made ahead.
 
-Where the layers stay plain (cards before Ampere, 4-bit weights), the step is captured all the same. On the CPU nothing
+Where the layers stay plain (cards before Ampere), the step is captured all the same. On the CPU nothing
 of this happens.
 """
 
@@ -22,7 +22,7 @@ from minitune.model.attention import choose_kernel
 from minitune.model.decoder import Decoder, DecoderConfig
 from minitune.model.fused_ops import Slot
 from minitune.model.lora import LoraConfig
-from minitune.model.quantized import Int4Linear
+from minitune.model.quantized import is_packed, packed_linears
 from minitune.train import graph
 from minitune.train.step import TrainStep
 
@@ -36,7 +36,7 @@ def why_plain(decoder: Decoder) -> str:
     adapters, `model.full`."""
     if reason := why_not_on(decoder.device):
         return reason
-    if any(isinstance(linear, Int4Linear) for linear in decoder.linears()):
+    if is_packed(decoder) and decoder.lora_config is None:
         return "the weights have 4 bits"
     return full.why_not(decoder) if decoder.lora_config is None else fused.why_not(decoder)
 
@@ -46,14 +46,22 @@ def why_not_on(device: torch.device) -> str:
     return fused.kernels.why_not(device) if device.type == "cuda" else "no card"
 
 
+def plain_engine(config: TrainConfig) -> bool:
+    """Whether a run's engine takes plain layers on any card: DeepSpeed, and FSDP2 of several processes."""
+    return bool(config.deepspeed) or (config.method == "full" and int(os.environ.get("WORLD_SIZE") or 1) > 1)
+
+
 def strips_of(decoder: Decoder, lora: LoraConfig) -> dict[str, int]:
     """{kind: width}: the strips for `Decoder.allocate` that `model.fused` will want of these adapters; none where the
-    layers can't be fused. The decoder may be on `meta`, without adapters."""
+    layers can't be fused, or have four bits (theirs lie where a weight is formed). The decoder may be on `meta`,
+    without adapters."""
     strips: dict[str, int] = {}
+    if is_packed(decoder):
+        return strips
     for kind in Slot.KINDS:
         linears = decoder.of_kind(kind)
         targeted = {tuple(n for n, _, _ in m.parts if lora.targets(m.hub_name(n))) for m in linears}
-        if len(targeted) > 1 or any(isinstance(m, Int4Linear) for m in linears):
+        if len(targeted) > 1:
             return {}
         if width := fused.strip_width(lora.r * len(targeted.pop())):
             strips[kind] = width
@@ -74,14 +82,19 @@ def compile_early(
     config: TrainConfig, empty: Decoder, dtype: torch.dtype, lora: LoraConfig, device: torch.device, pool: Executor
 ) -> None:
     """Compiles what a run of this decoder (on `meta`) will most likely launch: its steps' rows are short, its layers
-    are not recomputed unless that is asked for."""
-    if why_not_on(device) or not strips_of(empty, lora):
+    are not recomputed unless that is asked for, or the base has four bits. Where its layers can't be fused, ValueError
+    of `FusedStack`."""
+    if why_not_on(device):
         return
     from minitune.model.fused_compile import compile_kernels
 
     documents = config.rows_per_step + 1  # the padding is one more
+    keep = config.gradient_checkpointing == "false" or (
+        config.gradient_checkpointing == "auto" and config.method == "lora"
+    )
+    group = next((n.group for n in packed_linears(empty)), 0)
     with torch.cuda.device(device):
-        compile_kernels(empty.config, dtype, lora, documents, config.gradient_checkpointing != "true", pool)
+        compile_kernels(empty.config, dtype, lora, documents, keep, pool, group)
 
 
 def compile_full_early(
@@ -115,6 +128,9 @@ def every_step(loader: Loader, per_epoch: Sequence[int], total: int) -> NDArray[
         total -= count
         if not count:
             break
+        if loader.ranks > 1:
+            out.append(_shares_of(loader, epoch, count))
+            continue
         plan = loader.steps(epoch)
         starts, rows = plan.bounds[:count], plan.order[: plan.bounds[count]]
         tokens = np.add.reduceat(loader.lengths[rows], starts)
@@ -124,6 +140,19 @@ def every_step(loader: Loader, per_epoch: Sequence[int], total: int) -> NDArray[
         columns = (np.full(count, epoch), np.arange(count), tokens, documents, supervised, whole)
         out.append(np.stack(columns, axis=1).astype(np.int64))
     return np.concatenate(out)
+
+
+def _shares_of(loader: Loader, epoch: int, count: int) -> NDArray[np.int64]:
+    """The same of this process's share of an epoch's first `count` steps; one pack: at most one for each process, which
+    is so for all of them or none."""
+    found = []
+    for step in range(count):
+        plans = loader.plans(epoch, step)
+        mine = [row for pack in plans[loader.rank] for row in pack]
+        tokens, supervised = int(loader.lengths[mine].sum()), int(loader.rows.supervised[mine].sum())
+        # without a row: one token that counts for nothing
+        found.append((epoch, step, max(1, tokens), max(1, len(mine)), supervised, max(map(len, plans)) == 1))
+    return np.array(found, dtype=np.int64).reshape(-1, 6)
 
 
 def one_pack_steps(loader: Loader, per_epoch: Sequence[int], total: int) -> NDArray[np.int64]:

@@ -15,11 +15,9 @@ from minitune.train.optim8 import AdamW8
 from minitune.train.step import recompute_layers
 
 
-def equip(
-    config: TrainConfig, decoder: Decoder, whole: int, by_hand: bool = True, beside: bool = True
-) -> tuple[AdamW | AdamW8, FullStep]:
+def equip(config: TrainConfig, decoder: Decoder, whole: int, by_hand: bool = True) -> tuple[AdamW | AdamW8, FullStep]:
     """The optimizer and the step. whole: layers that keep their activations, from the last; the others are computed
-    again. by_hand: where it can be. beside: on a card, updates inside backward on a second stream."""
+    again. by_hand: where it can be."""
     parameters = list(decoder.requires_grad_(True).parameters())
     optimizer: AdamW | AdamW8
     try:
@@ -33,9 +31,7 @@ def equip(
     if stack is None and whole < len(decoder.layers):
         recompute_layers(decoder)
     scale = LossScale(decoder.device) if decoder.dtype == torch.float16 else None
-    return optimizer, FullStep(
-        decoder, optimizer, stack, max_grad_norm=config.max_grad_norm, loss_scale=scale, beside=beside
-    )
+    return optimizer, FullStep(decoder, optimizer, stack, max_grad_norm=config.max_grad_norm, loss_scale=scale)
 
 
 def check_packs(config: TrainConfig, loader: Loader, per_epoch: list[int], total: int) -> None:
@@ -54,7 +50,7 @@ def said(config: TrainConfig, step: FullStep) -> str:
     line = {
         "adamw": "moments of 32 bits, float32 masters",
         "adamw_8bit": "moments of 8 bits, gradients in a buffer",
-        "adamw_8bit_in_backward": "moments of 8 bits, stepped inside backward; each gradient clipped by its own norm",
+        "adamw_8bit_in_backward": "moments of 8 bits, stepped inside backward; each gradient clipped by itself",
     }[config.optim]
     kept = f"; {whole} of {layers} layers keep their activations" if whole < layers else ""
     return f"{config.optim}: {line}{kept}"

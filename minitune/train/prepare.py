@@ -24,12 +24,14 @@ from minitune.model.attention import choose_kernel
 from minitune.model.decoder import Decoder
 from minitune.model.fused import FusedStack
 from minitune.model.lora import LoraConfig, attach
+from minitune.model.quantized import PER_WORD, is_packed, packed_linears
 from minitune.train import ahead, fast, full, plan
 from minitune.train.full_step import FullStep
 from minitune.train.memory import Choice
 from minitune.train.optim import AdamW, LossScale
 from minitune.train.optim8 import AdamW8
-from minitune.train.parallel import ALONE, Replicas, Team
+from minitune.train.parallel import ALONE, Team
+from minitune.train.replicas import Replicas
 from minitune.train.sharded import Sharded
 from minitune.train.step import Sharing, TrainStep, recompute_layers
 
@@ -175,7 +177,7 @@ def by_deepspeed(config: TrainConfig, decoder: Decoder, team: Team) -> tuple[Ada
 
     zero = Zero(team, decoder, config)
     optimizer = ZeroOptimizer(zero)
-    return optimizer, ZeroStep(zero, optimizer, config.lora_dropout if config.method == "lora" else 0.0, config.seed)
+    return optimizer, ZeroStep(zero, optimizer, 0.0 if config.method == "full" else config.lora_dropout, config.seed)
 
 
 def share(config: TrainConfig, decoder: Decoder, team: Team) -> Sharing | None:
@@ -199,9 +201,9 @@ def describe(config: TrainConfig, decoder: Decoder, step: TrainStep, total: int,
     """What is going to happen, a line each."""
     every = sum(getattr(p, "ds_numel", p.numel()) for p in decoder.parameters())  # of DeepSpeed's slices too
     learn = every
-    if config.method == "lora":
+    if config.method != "full":
         learn = sum(getattr(p, "ds_numel", p.numel()) for p in step.optimizer.parameters)
-        every -= learn
+        every += sum(n.weight_packed.numel() * PER_WORD for n in packed_linears(decoder)) - learn
     kernel = choose_kernel(decoder.device, decoder.dtype, decoder.config.head_dim, loader.rows.longest)
     size = f"{config.tokens_per_step} tokens" if config.tokens_per_step else f"{config.rows_per_step} rows"
     kind = str(decoder.dtype).removeprefix("torch.")
@@ -210,11 +212,15 @@ def describe(config: TrainConfig, decoder: Decoder, step: TrainStep, total: int,
         f"learning rate {config.resolved_learning_rate:g}; {kind} on {decoder.device}; {kernel} attention"
     ]
     if loader.ranks > 1 and not config.deepspeed:
-        how = "every parameter sharded (FSDP2)" if config.method == "full" else "adapters' gradients added up"
-        lines.append(f"{loader.ranks} processes, {how}; a step's rows are dealt to them; plain steps, not captured")
+        how, step_kind = "adapters' gradients added up", ""
+        if config.method == "full":
+            how, step_kind = "every parameter sharded (FSDP2)", "; plain steps, not captured"
+        lines.append(f"{loader.ranks} processes, {how}; a step's rows are dealt to them{step_kind}")
     if isinstance(step, FullStep):
         lines.append(full.said(config, step))
-    if config.method == "lora" and decoder.config.family == "MiniCPMForCausalLM":
+    if is_packed(decoder) and not step.by_hand:
+        lines.append("4-bit weights in plain layers: each is formed anew wherever it is used, which is slow")
+    if config.method != "full" and decoder.config.family == "MiniCPMForCausalLM":
         lines.append(
             "note: stock transformers 5 can't open a MiniCPM base; `minitune export --format hf` writes one it opens"
         )

@@ -80,7 +80,7 @@ def train(config: TrainConfig, quiet: bool = False, answer: Answer | None = None
             about = About(total, config.num_train_epochs, title, bool(len(ready.held_out)), watch.prompts)
             kind, view = (Report, choose(about, quiet)) if team.first else (Silent, choose(about, True))
             report = kind(output, total, config.logging_steps, device, view, step.loss_scale is not None)
-            team.closing(report.view.close)
+            team.watched(report.view.close, lambda: clock.name)
             run = Run(config, ready, decoder, optimizer, step, loader, report, watch, total, per_epoch, clock, program)
             run.team, run.sharded, run.foretold = team, sharded_of(step), Foretold(total, planned)
             try:
@@ -89,7 +89,7 @@ def train(config: TrainConfig, quiet: bool = False, answer: Answer | None = None
                 lines = [*ready.lines, *lines, *getattr(run.sharded, "lines", ())]
                 for line in [*lines, *describe(config, decoder, step, total, loader)]:
                     report.say(line)
-                if device.type == "cuda" and run.done < total and team.size == 1 and not run.sharded:
+                if device.type == "cuda" and run.done < total and not run.sharded:
                     clock.begin("capture")
                     loading.compiled()
                     run.step, line = fast.quicken(step, loader, per_epoch, total)
@@ -230,9 +230,8 @@ class Run:
             "best": self.best.state_dict(),
             **identity(self.config, self.ready),
         }
-        keep = self.best.step if self.config.load_best_model_at_end else 0
-        saved = resume.saved(Path(self.config.output), self.done, state, self.config.save_total_limit, keep)
-        with self.clock.during("saving"), saved as part:
+        keep, limit = self.best.step if self.config.load_best_model_at_end else 0, self.config.save_total_limit
+        with self.clock.during("saving"), resume.saved(Path(self.config.output), self.done, state, limit, keep) as part:
             if self.sharded:
                 self.team.all_of(str(part))
                 self.sharded.save(part, self.optimizer)
@@ -307,19 +306,20 @@ class Run:
         output = Path(self.config.output)
         self.report.view.busy("writing the result …")
         self.report.picture_begins()
-        held = self.report.evals[-1][1] if self.report.evals else None
+        held, step = self.report.evals[-1][1] if self.report.evals else None, self.done
         if self.config.load_best_model_at_end and self.best.step not in (0, self.done):
             best = output / f"checkpoint-{self.best.step}"
             if (best / resume.STATE).is_file():
                 self.load_weights(best)
-                held = self.best.loss
+                held, step = self.best.loss, self.best.step
             else:
                 self.report.say(f"note: {best} is gone; {output} holds the weights of step {self.done} instead")
         if not self.team.first:
             self.help_saving(checkpoint=False)
             return {}
         with moved_into(output) as part:
-            self.write(part)
+            if self.sharded or not resume.linked(output / f"checkpoint-{step}", part):
+                self.write(part)
         if isinstance(self.step, CapturedStep) and (plain := self.step.plain_steps):
             self.report.say(f"note: {plain} steps ran plain: no captured capacity held them")
         self.report.picture()
