@@ -299,18 +299,25 @@ def _at_peak(learns: Parts, kept: int, logits: int, more: int) -> Parts:
 
 
 def _full(setup: Setup, load: Load, choice: Choice) -> Parts:
+    out = _full_backward(setup, load, choice)
+    if choice.optim == "adamw" and setup.size < 4:
+        masters = 4 * setup.parameters
+        out = replace(out, gradients=out.gradients + max(0, masters - out.activations - out.logits))
+    return out
+
+
+def _full_backward(setup: Setup, load: Load, choice: Choice) -> Parts:
     size, H, F = setup.size, setup.shape.hidden_size, setup.shape.intermediate_size
     layers, whole, count = setup.shape.num_hidden_layers, choice.whole, setup.parameters
     layer = layer_bytes(setup, setup.kernel(load.longest))
     logits, tokens = _logits(setup, load, choice), load.tokens
     learns = Parts(optimizer=2 * count + count // 32)  # codes and scales
-    if choice.optim == "adamw":
-        half = size < 4  # below float32 a master and its gradient
-        learns = Parts(optimizer=(12 if half else 8) * count, gradients=(size + (4 if half else 0)) * count)
+    if choice.optim == "adamw":  # below float32 a master; its gradient is made when the activations are gone
+        learns = Parts(optimizer=(12 if size < 4 else 8) * count, gradients=size * count)
     elif choice.optim == "adamw_8bit":
         learns = replace(learns, gradients=size * count)
-    else:  # two gradients of a layer's matrices are at hand
-        learns = replace(learns, gradients=2 * size * max(setup.matrices.values()))
+    else:  # one gradient of a layer's matrices is at hand
+        learns = replace(learns, gradients=size * max(setup.matrices.values()))
     working = (2 * F + 4 * H) * size
     kept = whole * layer + (layers - whole) * H * size
     if not setup.by_hand:
