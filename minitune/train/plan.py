@@ -112,8 +112,9 @@ class Planner:
         """Its plan; under a bound that is tight, with as few logits at once as it takes."""
         made = self._made(config, setup, choice)
         for chunk in CHUNKS if config.memory else ():
-            if not made.fits_well:
-                made = self._made(config, setup, dataclasses.replace(choice, chunk=chunk))
+            fewer = self._made(config, setup, dataclasses.replace(choice, chunk=chunk))
+            if not made.fits_well and fewer.parts.total < made.parts.total:
+                made = fewer
         return made
 
     def _made(self, config: TrainConfig, setup: Setup, choice: Choice) -> Plan:
