@@ -17,7 +17,8 @@ from minitune.model.decoder import Decoder, DecoderConfig
 from minitune.model.quantized import Int4Linear
 from minitune.train import cards, memory, speed
 from minitune.train.cards import Card
-from minitune.train.memory import GIB, Choice, Load, Parts, Setup
+from minitune.train.memory import GIB, Choice, Load, Parts
+from minitune.train.shapes import Setup
 from minitune.train.steps import Walk, walk
 
 CHOICES = ("adamw", "adamw_8bit", "adamw_8bit_in_backward")  # from the most memory to the least

@@ -7,7 +7,8 @@ shares of what its maker says.
 from __future__ import annotations
 
 from minitune.train.cards import Card
-from minitune.train.memory import Choice, Setup
+from minitune.train.memory import Choice
+from minitune.train.shapes import Setup
 from minitune.train.steps import Walk
 
 PRODUCTS = 0.75  # of the card's multiplications a second, in large products

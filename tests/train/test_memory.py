@@ -19,8 +19,9 @@ from minitune.model.attention import PackedLayout
 from minitune.model.decoder import DecoderConfig
 from minitune.model.lora import Dropout, LoraConfig, attach
 from minitune.train import cards, memory
-from minitune.train.memory import GIB, Choice, Setup
+from minitune.train.memory import GIB, Choice
 from minitune.train.plan import CHOICES, Plan, Planner, planner_for
+from minitune.train.shapes import Setup
 
 MINICPM_2B = DecoderConfig(122753, 2304, 5760, 40, 36, 36, 64)
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "RESULTS.md"
