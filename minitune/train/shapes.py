@@ -25,7 +25,7 @@ class Setup:
 
     method: lora, qlora or full. size: bytes a value of the computation. capability: the card's; (0, 0): a CPU. triton:
     whether kernels can run. bits: of a weight of the layers' linears. lora: the adapters; None where every parameter
-    learns. alone: one process without DeepSpeed: layers can be done by hand.
+    learns. alone: all of the model is in one process, without DeepSpeed: layers can be done by hand.
     """
 
     shape: DecoderConfig
