@@ -22,7 +22,7 @@ from minitune.train.parallel import Team
 from minitune.train.plan import Plan
 from minitune.train.prepare import Prepared, training_dtype
 
-PROBE = 10  # steps that are measured before the run's end is foretold; as many before them are not
+PROBE = 10  # steps that are measured before the run's end is foretold; those of the first interval are not
 SLACK = 1.05  # by how much the arithmetic may be wrong where nobody named a bound
 
 
@@ -75,7 +75,7 @@ class Foretold:
         if self.step_seconds or len(timed) < 2 or done >= self.total:
             return ""
         steps, seconds = (sum(column) for column in zip(*timed[1:], strict=True))
-        if steps < PROBE:
+        if steps < min(PROBE, max(1, self.total // 6)):
             return ""
         self.step_seconds = seconds / steps
         end = time.strftime("%H:%M:%S", time.localtime(time.time() + self.step_seconds * (self.total - done)))

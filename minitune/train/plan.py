@@ -140,11 +140,14 @@ class Planner:
         return names[:1] if self.dtype == torch.float16 or not self.alone else names
 
     def _packs(self, config: TrainConfig) -> Iterator[int]:
-        """Tokens a pack: as the settings say; with --memory also halves of that."""
-        pack = config.tokens_per_pack
-        yield pack
-        pack = min(pack, self.walk(config, pack).load.tokens)
-        while config.memory and pack // 2 >= max(SMALLEST, self.rows.longest):
+        """Tokens a pack, the largest first: as the settings say; with --memory what makes every step one pack, and
+        halves of it."""
+        if not config.memory:
+            yield config.tokens_per_pack
+            return
+        pack = max(SMALLEST, self.walk(config, 1 << 30).load.tokens)
+        yield max(pack, config.tokens_per_pack)
+        while pack // 2 >= max(SMALLEST, self.rows.longest):
             pack //= 2
             yield pack
 

@@ -41,6 +41,7 @@ class Report:
         self._pending: list[tuple[dict[str, Any], StepResult]] = []
         self._since = time.perf_counter()
         self._skipped_in_a_row = 0
+        self.early: set[int] = set()  # steps of a short run after which its pace is looked at
         self.timed: list[tuple[int, float]] = []  # steps and seconds of each log interval, pauses left out
 
     def resume(self, step: int) -> None:
@@ -58,6 +59,8 @@ class Report:
         for at, loss in self.evals:
             self.view.held_out(at, float("nan") if loss is None else loss, at == best)
         self.view.start(step)
+        if self.total - step < 4 * self.every:
+            self.early = {step + max(1, (self.total - step) // 6), step + max(2, (self.total - step) // 3)}
         self.pause()
 
     def say(self, line: str) -> None:
@@ -70,7 +73,7 @@ class Report:
         self._pending.append((row, result))
         self.view.progress(step, epoch)
         slow = self.view.every_second and time.perf_counter() - self._since > 1.0
-        if step % self.every == 0 or step == self.total or slow:
+        if step % self.every == 0 or step in self.early or step == self.total or slow:
             self.flush()
 
     def flush(self) -> None:

@@ -1,7 +1,8 @@
-"""How long a step takes, by arithmetic: multiplications, traffic of everything between them, the optimizer's traffic.
+"""How long a step takes, by arithmetic: multiplications, traffic of everything between them, the optimizer's traffic,
+and the host's launches where no recorded step is replayed.
 
-Five numbers are fitted to an H100's measured steps (bench/RESULTS.md); another card's time is predicted with the same
-shares of what its maker says.
+The shares are fitted to measured steps of an H100 and an H200 (bench/RESULTS.md); another card's time is predicted with
+the same shares of what its maker says.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from minitune.train.memory import Choice
 from minitune.train.shapes import Setup
 from minitune.train.steps import Walk
 
-PRODUCTS = 0.75  # of the card's multiplications a second, in large products
-TRAFFIC = 0.49  # of its bandwidth, in what lies between them
-UPDATE = 0.63  # in the optimizer
-FORMED = 0.8  # where weights of four bits are formed, much of it within the cache
-LAYER = 40e-6  # seconds a layer, forward and backward, beside both
-LAUNCHED = 1e-3  # seconds in which a host launches a layer's work, where no graph is replayed
-PLAIN = 3.0  # times the traffic where layers are not done by hand
+PRODUCTS = 0.62  # of the card's multiplications a second, in large products
+TRAFFIC = 0.8  # of its bandwidth, in what lies between them
+FORMED = 1.0  # where weights of four bits are formed, much of it within the cache
+UPDATE, FASTEST = 0.85, 2.4e12  # in the optimizer; bytes a second that its arithmetic lets through at most
+LAYER = 50e-6  # seconds a layer, forward and backward, beside all of that
+LAUNCHED = 3.7e-3  # seconds in which a host launches a layer's work by hand; adapters: half as much again
+PLAIN = 5.0  # times the traffic where layers are not done by hand, and twice the launches
 
 
 def step_seconds(setup: Setup, choice: Choice, card: Card, walk: Walk) -> float:
@@ -30,11 +31,16 @@ def step_seconds(setup: Setup, choice: Choice, card: Card, walk: Walk) -> float:
     if setup.lora is None:  # a step's gradients are added up, pack by pack
         moved += 2 * setup.size * setup.parameters * max(0, packs - walk.walked)
     between = moved / (TRAFFIC * card.bandwidth * 1e9)
-    update = _update(setup, choice) / (UPDATE * card.bandwidth * 1e9)
+    update = _update(setup, choice) / min(UPDATE * card.bandwidth * 1e9, FASTEST)
     device = computed + between + layers * LAYER * packs
-    launched = layers * (LAUNCHED if setup.by_hand else 5 * LAUNCHED)
-    wait = max(0.0, launched - device / max(1, packs)) * walk.plain
+    wait = max(0.0, _launches(setup, choice) - device / max(1, packs)) * walk.plain
     return (device + wait) / max(1, walk.walked) + update
+
+
+def _launches(setup: Setup, choice: Choice) -> float:
+    """Seconds in which the host launches a plain pack."""
+    each = LAUNCHED * (1.0 if setup.lora is None else 1.5) * (1.0 if setup.by_hand else 2.0)
+    return setup.shape.num_hidden_layers * each * (1 + 0.5 * _recomputed(setup, choice))
 
 
 def _recomputed(setup: Setup, choice: Choice) -> float:
@@ -80,7 +86,7 @@ def _update(setup: Setup, choice: Choice) -> float:
     """Bytes of one update: weights, gradients, moments, read and written, and the gradients' own writing."""
     if setup.lora is not None:
         return 30.0 * setup.adapters
-    each = (42 if setup.size < 4 else 32) if choice.optim == "adamw" else 14
+    each = (46 if setup.size < 4 else 36) if choice.optim == "adamw" else 14
     return float(each * setup.parameters)
 
 
