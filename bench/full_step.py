@@ -32,7 +32,7 @@ def side_of(arguments: argparse.Namespace, optim: str) -> dict[str, Any]:
     from minitune.data.template import Encoded
     from minitune.train import fast
     from minitune.train.full import equip
-    from minitune.train.prepare import make_loader
+    from minitune.train.steps import make_loader
 
     began = time.perf_counter()
     fast.settle_memory(sparing=arguments.whole < arguments.layers)

@@ -1,6 +1,6 @@
 """A LoRA step on one card at MiniCPM-2B's shape: transformers' Trainer + PEFT and minitune, in one run.
 
-    python bench/lora_step.py [--sides trainer,plain,fused,recomputed] [--steps 60] [--tokens 0,8192,16384] [--profile]
+    python bench/lora_step.py [--sides trainer,fused,recomputed,qlora] [--steps 60] [--tokens 0,8192,16384] [--profile]
 
 Random weights (the same for every side of ours), random ids in rows of the real data's lengths, the tutorial's
 settings: r 8, alpha 32, dropout 0.1 on q, k, v, o; 16 rows a step, or so many `--tokens` a step (several: one after
@@ -15,6 +15,7 @@ plain       minitune's plain step
 captured    the same, captured: what a card has whose layers can't be done by hand
 fused       its layers by hand (model.fused), the step captured
 recomputed  the same, one hidden state and two strips a layer kept
+qlora       the same over layers rounded to 4 bits, one at a time, as a run loads them; its losses are of other weights
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = ROOT.parent / "shared" / "bench" / "huanhuan_lengths.json"
-SIDES = ("trainer", "plain", "captured", "fused", "recomputed")
+SIDES = ("trainer", "plain", "captured", "fused", "recomputed", "qlora")
 
 
 def rows_of(arguments: argparse.Namespace) -> list[tuple[list[int], list[int]]]:
@@ -78,8 +79,9 @@ def result(seconds: list[float], tokens: list[int], started: float, losses: list
     }
 
 
-def our_decoder(arguments: argparse.Namespace, by_hand: bool) -> Decoder:
-    """MiniCPM-2B's shape with random weights, the same for every side."""
+def our_decoder(arguments: argparse.Namespace, by_hand: bool, four: bool = False) -> Decoder:
+    """MiniCPM-2B's shape with random weights, the same for every side; four: rounded to 4 bits one by one."""
+    from minitune.model import four_bits, quantized
     from minitune.model.decoder import Decoder, DecoderConfig
     from minitune.model.lora import LoraConfig
     from minitune.train import fast
@@ -90,13 +92,25 @@ def our_decoder(arguments: argparse.Namespace, by_hand: bool) -> Decoder:
     )  # fmt: skip
     with torch.device("meta"):
         decoder = Decoder(shape)
+    names = [name for name, _ in decoder.named_parameters()]
+    if four:
+        four_bits.make_room(decoder)
     strips = fast.strips_of(decoder, LoraConfig()) if by_hand else None
     decoder.allocate(torch.device("cuda"), torch.bfloat16, strips)
-    for i, parameter in enumerate(decoder.parameters()):
-        generator = torch.Generator("cuda").manual_seed(i)
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator, device="cuda").mul_(0.02))
-        if parameter.ndim == 1:
-            parameter.data.fill_(1)
+    places: dict[str, Any] = dict(decoder.named_parameters())
+    for name, module in decoder.named_modules():
+        if isinstance(module, quantized.Int4Linear):
+            places[f"{name}.weight"] = four_bits.Rounding(module.weight_packed, module.weight_scale)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for i, name in enumerate(names):
+        place, generator = places[name], torch.Generator("cuda").manual_seed(i)
+        values = torch.randn(place.shape, generator=generator, device="cuda").mul_(0.02)
+        with torch.no_grad():
+            place.copy_(torch.ones_like(values) if values.ndim == 1 else values.bfloat16())
+    torch.cuda.synchronize()
+    print(f"weights made in {time.perf_counter() - began:.2f} s", file=sys.stderr)
+    del values
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     return decoder.train()
@@ -107,15 +121,17 @@ def our_side(arguments: argparse.Namespace, side: str) -> dict[str, Any]:
     from minitune.data.store import EncodedRows
     from minitune.data.template import Encoded
     from minitune.train import fast
-    from minitune.train.prepare import equip, make_loader
+    from minitune.train.prepare import equip
+    from minitune.train.steps import make_loader
 
     began = time.perf_counter()
-    fast.settle_memory(sparing=side == "recomputed")
-    by_hand = side in ("fused", "recomputed")
-    decoder = our_decoder(arguments, by_hand)
+    four, recompute = side == "qlora", side in ("recomputed", "qlora")
+    fast.settle_memory(sparing=recompute)
+    by_hand = recompute or side == "fused"
+    decoder = our_decoder(arguments, by_hand, four)
     config = TrainConfig(
         tokens_per_step=arguments.tokens, tokens_per_pack=max(8192, arguments.tokens), seed=1,
-        gradient_checkpointing="true" if side == "recomputed" else "false",
+        gradient_checkpointing="true" if recompute else "false", method="qlora" if four else "lora",
     )  # fmt: skip
     rows = EncodedRows.of([Encoded(ids, labels) for ids, labels in rows_of(arguments)])
     if not by_hand:
@@ -151,7 +167,9 @@ def timed(step: Any, batches: list[Any], rate: float, before: float, said: str, 
     unwaited = (time.perf_counter() - together) / len(batches)
     if profiled:
         profile(step, batches[:5], profiled)
-    more = {"said": said, "unwaited_ms": 1e3 * unwaited, "device": torch.cuda.get_device_name()}
+    stats = torch.cuda.memory_stats()
+    peaks = {f"{k}_gib": round(stats[f"{k}_bytes.all.peak"] / 2**30, 3) for k in ("allocated", "active", "reserved")}
+    more = {"said": said, "peaks": peaks, "unwaited_ms": 1e3 * unwaited, "device": torch.cuda.get_device_name()}
     return result(seconds, [b.tokens for b in batches], before, [float(loss) for loss in losses], **more)
 
 

@@ -9,6 +9,7 @@ from minitune.settings import (
     ALIASES,
     UserError,
     build,
+    bytes_of,
     canonical,
     files_of,
     flat_fields,
@@ -27,6 +28,7 @@ __all__ = [
     "TrainConfig",
     "UserError",
     "build",
+    "bytes_of",
     "canonical",
     "files_of",
     "flat_fields",
@@ -66,8 +68,11 @@ class TrainConfig:
     output: str = setting(
         "", "the run's folder; one that holds a run is never overwritten", group="start here", required=True
     )
-    method: Literal["lora", "full"] = setting(
-        "lora", "what learns; lora: a small adapter, fits small cards; full: every parameter", group="start here"
+    method: Literal["lora", "qlora", "full"] = setting(
+        "lora",
+        "what learns; lora: a small adapter, fits small cards; qlora: the same over a base in 4 bits; "
+        "full: every parameter",
+        group="start here",
     )
     num_train_epochs: float = setting(
         3.0, "passes over the data; more on few rows is recited, not learned", group="start here"
@@ -138,6 +143,9 @@ class TrainConfig:
     device: str = setting("auto", "cuda where there is a card, else cpu", group="hardware")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "of the computation; auto: bfloat16 where the hardware multiplies it", group="hardware"
+    )
+    memory: str = setting(
+        "", "a bound for the whole process on the card, such as 8GiB; what fits is chosen, and held", group="hardware"
     )
     gradient_checkpointing: Literal["auto", "true", "false"] = setting(
         "auto", "recompute activations in backward: a third more time for much less memory", group="hardware"

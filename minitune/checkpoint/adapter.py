@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,12 @@ from minitune.checkpoint.weights import read_json
 from minitune.checkpoint.writing import save_tensors
 from minitune.config import UserError
 from minitune.model.decoder import Decoder
+from minitune.model.four_bits import SEARCH
 from minitune.model.lora import Choice, LoraConfig, adapted, attach, detach, stack
+from minitune.model.quantized import GROUPS
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BASE = "base_quantization.json"  # beside them where the base had 4 bits; PEFT warns of names in CONFIG that it lacks
 PREFIX = "base_model.model."
 # What PEFT can do and our decoder can't; each would change what is computed if it were passed over.
 REFUSED = {
@@ -70,6 +73,32 @@ def read_config(folder: str | Path) -> LoraConfig:
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def base_form(group: int) -> dict[str, Any]:
+    """How a base was rounded while it was loaded (`model.four_bits`), for BASE."""
+    return {"bits": 4, "type": "int", "symmetric": True, "group_size": group, "scales": "bfloat16", "search": SEARCH}
+
+
+def base_group(folder: str | Path) -> int:
+    """The group of the 4-bit base that an adapter was trained over; 0 where it was not. UserError for another form."""
+    path = Path(folder) / BASE
+    if not path.is_file():
+        return 0
+    raw = read_json(path)
+    group = raw.get("group_size")
+    if group not in GROUPS or raw != base_form(group):
+        raise UserError(f"{path}: the base was rounded in a form that this version does not know; update minitune")
+    return int(group)
+
+
+def common_group(folders: Mapping[str, str | Path]) -> int:
+    """That of several adapters, by name. UserError where they have different bases."""
+    groups = {name: base_group(folder) for name, folder in folders.items()}
+    if len(set(groups.values())) > 1:
+        kinds = ", ".join(f"{name}: {'4 bits' if group else '16 bits'}" for name, group in groups.items())
+        raise UserError(f"the adapters were trained over different bases ({kinds}); serve them apart")
+    return next(iter(groups.values()), 0)
 
 
 def _number(raw: dict[str, Any], name: str) -> float:
@@ -201,3 +230,5 @@ def save_adapter(decoder: Decoder, folder: str | Path, base: str) -> None:
     tensors = {n: t.detach().to("cpu", torch.float32).contiguous() for n, t in adapter_parameters(decoder).items()}
     save_tensors(tensors, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(raw, indent=2, ensure_ascii=False), encoding="utf-8")
+    if decoder.rounded:
+        (folder / BASE).write_text(json.dumps(base_form(decoder.rounded), indent=2), encoding="utf-8")

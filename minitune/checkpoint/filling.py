@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from minitune.config import UserError
+from minitune.model.four_bits import Rounding
 
 PIECE = 32 << 20  # bytes of a file that a thread holds at a time
 THREADS = 8  # on a card; on a CPU as many as its cores, at most
@@ -53,6 +54,9 @@ def entries(path: Path) -> dict[str, Entry]:
     }
 
 
+Place = Tensor | Rounding
+
+
 class Abandoned(Exception):
     """Whoever asked for the tensors no longer wants them."""
 
@@ -64,10 +68,10 @@ class Piece:
     entry: Entry
     offset: int
     size: int
-    place: Tensor
+    place: Place
 
 
-def pieces(entry: Entry, place: Tensor, most: int) -> Iterator[Piece]:
+def pieces(entry: Entry, place: Place, most: int) -> Iterator[Piece]:
     """The tensor in pieces of whole rows, of at most `most` bytes where a row is no longer than that."""
     rows = entry.shape[0]
     row = entry.shape[1:].numel() * entry.dtype.itemsize
@@ -77,12 +81,12 @@ def pieces(entry: Entry, place: Tensor, most: int) -> Iterator[Piece]:
         yield Piece(entry, entry.offset + i * row, count * row, place[i : i + count])
 
 
-def fill(work: Sequence[tuple[Entry, Tensor]], stopped: Callable[[], bool] = lambda: False) -> None:
+def fill(work: Sequence[tuple[Entry, Place]], stopped: Callable[[], bool] = lambda: False) -> None:
     """Reads each tensor into its place, which has its shape and any dtype and strides. All places lie on one device.
 
     stopped: asked between pieces; True ends in Abandoned. Raises UserError for a file that can't be read.
     """
-    todo = [piece for entry, place in work for piece in pieces(entry, place.detach(), PIECE)]
+    todo = [piece for entry, place in work for piece in pieces(entry, place, PIECE)]
     if not todo:
         return
     device = todo[0].place.device
@@ -150,8 +154,8 @@ class _Lane:
     def take(self, piece: Piece) -> None:
         """Reads a piece and lays it in its place."""
         place, kind = piece.place, piece.entry.dtype
-        if place.device.type == "cpu" and place.dtype == kind and place.is_contiguous():
-            self._read(piece, place.view(torch.uint8))
+        if isinstance(place, Tensor) and place.device.type == "cpu" and place.dtype == kind and place.is_contiguous():
+            self._read(piece, place.detach().view(torch.uint8))
             return
         if self.host is None:
             self.host = torch.empty(self.size, dtype=torch.uint8)

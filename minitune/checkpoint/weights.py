@@ -15,9 +15,9 @@ from torch import Tensor
 from minitune.checkpoint import filling
 from minitune.checkpoint.shards import Shards, read_json
 from minitune.config import UserError
-from minitune.model import kernels
+from minitune.model import four_bits, kernels
 from minitune.model.decoder import Decoder, DecoderConfig, Layer
-from minitune.model.quantized import Int4Linear, group_of, quantize_linears
+from minitune.model.quantized import Int4Linear, group_of, packed_linears, quantize_linears
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -135,15 +135,17 @@ def load_decoder(
     dtype: str = "auto",
     device: str = "auto",
     strips: Callable[[Decoder], dict[str, int]] | None = None,
+    group: int = 0,
 ) -> Decoder:
     """The decoder of a hub folder, its parameters frozen. strips: what to widen (`Decoder.allocate`), told from the
-    empty decoder.
+    empty decoder. group: rounds the layers' linears to 4 bits in groups of so many (`four_bits`); 0 does not.
 
     Tensors are cast and copied piece by piece into their fused places, so that neither a second copy of the model nor a
     float32 copy of a float32 checkpoint exists.
     """
     with Shards(folder) as shards:
-        return filled(shards, skeleton(shards), dtype, device, strips)
+        empty = skeleton(shards)
+        return filled(shards, four_bits.make_room(empty, group) if group else empty, dtype, device, strips)
 
 
 @torch.no_grad()
@@ -158,8 +160,8 @@ def filled(
     """The `skeleton` of `shards` with memory and values; see `load_decoder`. stopped: see `filling.fill`."""
     place = choose_device(device)
     decoder.allocate(place, choose_dtype(dtype, place), strips(decoder) if strips else None)
-    wanted = hub_parameters(decoder)
-    at_once: list[tuple[filling.Entry, Tensor]] = []
+    wanted: dict[str, filling.Place] = {**hub_parameters(decoder), **rounding(decoder)}
+    at_once: list[tuple[filling.Entry, filling.Place]] = []
     for name in shards.names():
         if name in wanted:
             if stopped():
@@ -172,18 +174,30 @@ def filled(
     return decoder.eval()
 
 
+def rounding(decoder: Decoder) -> dict[str, four_bits.Rounding]:
+    """{hub name of a linear's weight: what keeps it in 4 bits}, where weights of 16 bits are to be rounded."""
+    out = {}
+    for linear in packed_linears(decoder) if decoder.rounded else ():
+        for name, start, end in linear.parts:
+            packed, scale = linear.weight_packed[start:end], linear.weight_scale[start:end]
+            out[f"{linear.hub_name(name)}.weight"] = four_bits.Rounding(packed, scale)
+    return out
+
+
 def load_model(
     folder: str | Path, adapter: str | Path | None = None, dtype: str = "auto", device: str = "auto"
 ) -> Decoder:
     """The decoder of `folder` (a folder, a hub name, or smollm2), with a PEFT adapter attached where one is given.
 
-    dtype, device: `auto` takes the card and bfloat16 where there is one, else the CPU and float32.
+    dtype, device: `auto` takes the card and bfloat16 where there is one, else the CPU and float32. A base that had 4
+    bits while the adapter was trained has the same 4 bits here.
     Raises UserError, one line, for anything that is missing, misshapen or not supported.
     """
     from minitune.checkpoint import adapter as adapters
     from minitune.checkpoint import hub
 
-    decoder = load_decoder(hub.resolve(str(folder)), dtype, device)
+    group = adapters.base_group(adapter) if adapter is not None else 0
+    decoder = load_decoder(hub.resolve(str(folder)), dtype, device, group=group)
     if adapter is not None:
         adapters.load_adapter(decoder, adapter)
     return decoder

@@ -70,15 +70,17 @@ def _tensors(
     linears = {f"{x.hub_name(n)}.weight" for x in source.decoder.linears() for n, _, _ in x.parts} if int4 else set()
     for name in source.names():
         kind = dtype or source.kinds[name]
-        tensor = source.merged(name)
         report.merged += source.is_merged(name)
         if int4 is not None and name in linears:
             group, moments = int4
-            packed, scale = quantized.quantize(tensor, group, kind, moments.get(name))
-            out = {"packed": packed, "scale": scale, "shape": torch.tensor(tensor.shape)}
+            if name in source.rounded and not source.is_merged(name):
+                packed, scale = (part.cpu() for part in source.packed(name))
+            else:
+                packed, scale = quantized.quantize(source.merged(name), group, kind, moments.get(name))
+            out = {"packed": packed, "scale": scale.to(kind), "shape": torch.tensor(source.shapes[name])}
             made = [(f"{name}_{part}", value) for part, value in out.items()]
         else:
-            made = [(name, tensor.to(kind))]
+            made = [(name, source.merged(name).to(kind))]
         for written, value in made:
             report.tensors, report.bytes = report.tensors + 1, report.bytes + value.nbytes
             yield written, value

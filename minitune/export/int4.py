@@ -25,6 +25,8 @@ class Watcher:
 
 def group_size(source: Source, report: Report) -> int:
     """The group size for this model; UserError, one line, where four bits don't fit it."""
+    if source.group:
+        return source.group  # what the adapter leaves alone then keeps its numbers
     columns = {linear.weight.shape[1] for linear in source.decoder.linears()}
     try:
         group = quantized.group_size(columns)

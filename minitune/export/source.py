@@ -12,10 +12,13 @@ from minitune.checkpoint.shards import Shards
 from minitune.checkpoint.weights import DTYPES, EMBED, hub_parameters, skeleton
 from minitune.config import UserError
 from minitune.model.decoder import Decoder
+from minitune.model.four_bits import nearest
+from minitune.model.quantized import dequantize
 
 
 class Source:
-    """A base and its adapter. `decoder` has the shapes and names on `meta`, the adapter attached.
+    """A base and its adapter. `decoder` has the shapes and names on `meta`, the adapter attached. Where the adapter
+    learned over a base of 4 bits, that is the base: the weights `rounded` names are those numbers, `group` their group.
 
     A context manager: the base's files are mapped while it is open, and let go of after each tensor.
     Raises UserError for an adapter of another model, or a base whose weights are not plain floating point.
@@ -25,6 +28,9 @@ class Source:
         self.shards = Shards(base)
         self.decoder: Decoder = skeleton(self.shards)
         self.adapter = adapters.attach_saved(self.decoder, run) if run is not None else {}
+        self.group = adapters.base_group(run) if run is not None else 0
+        parts = [linear.hub_name(n) for linear in self.decoder.linears() for n, _, _ in linear.parts]
+        self.rounded = {f"{name}.weight" for name in parts} if self.group else set()
         self.shapes = {name: tensor.shape for name, tensor in hub_parameters(self.decoder).items()}
         self.kinds: dict[str, torch.dtype] = {}
         for name in self.names():
@@ -54,9 +60,19 @@ class Source:
         return [name for name in self.shards.names() if name in self.shapes]
 
     def get(self, name: str) -> Tensor:
-        """A tensor of the base as it is stored; mapped where the format allows."""
+        """A tensor of the base as it is stored; mapped where the format allows. A rounded one in float32."""
+        if name in self.rounded:
+            return dequantize(*self.packed(name), torch.float32).cpu()
+        return self._stored(name)
+
+    def _stored(self, name: str) -> Tensor:
         self.shards.unmap()
         return self.shards.get(name, self.shapes[name])
+
+    def packed(self, name: str) -> tuple[Tensor, Tensor]:
+        """A rounded weight's 4 bits and scales, found as training found them; on the card where there is one."""
+        tensor = self._stored(name)
+        return nearest(tensor.cuda() if torch.cuda.is_available() else tensor, self.group)
 
     def rows(self, name: str, start: int, end: int) -> Tensor:
         """Rows of the base's tensor."""

@@ -108,7 +108,7 @@ def adapter(item: Item, context: Context) -> dict[str, Any]:
     kind = plain(item.value)
     if kind not in (None, "lora", "qlora"):
         raise Refused("write adapter: lora, or leave it empty for every parameter")
-    return {"method": "full" if kind is None else "lora"}
+    return {"method": "full" if kind is None else kind}
 
 
 def target_linear(item: Item, context: Context) -> dict[str, Any]:

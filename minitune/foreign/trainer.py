@@ -262,8 +262,6 @@ def quantised(context: Context) -> None:
             raise Refused("a quantised base has 4 bits: write 4, or leave it out", item)
         if context.value("method") == "full":
             raise Refused("every parameter can't learn in 4 bits: write method: lora, or leave it out", item)
-        if not context.option("method", "qlora"):
-            raise Refused("a 4-bit base is not there yet: leave it out, and LoRA learns over 16 bits", item)
         context.values["method"] = "qlora"
         context.converted(item, "method qlora")
 

@@ -38,14 +38,15 @@ def open_model(
     Raises UserError, one line, for what is missing or does not fit.
     """
     from minitune.checkpoint import hub
+    from minitune.checkpoint.adapter import common_group
     from minitune.checkpoint.tokenizer import load_tokenizer
-    from minitune.checkpoint.weights import load_model, read_json
+    from minitune.checkpoint.weights import load_decoder, read_json
 
     folder = hub.resolve(model, source=source)
     tokenizer = load_tokenizer(folder)
     config = read_json(folder / "config.json")
     named = {"": None, **{name: str(path) for name, path in (adapters or {}).items()}}
     templates = {name: Template.recorded(tokenizer, config, path, folder) for name, path in named.items()}
-    decoder = load_model(folder, None, dtype, device)
+    decoder = load_decoder(folder, dtype, device, group=common_group(adapters or {}))
     engine = Engine(decoder, tokenizer, adapters=adapters or {}, slots=slots, cache_tokens=cache_tokens)
     return Session(engine, templates, tokenizer)

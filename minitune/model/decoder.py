@@ -128,7 +128,7 @@ class Linear(nn.Module):
     def __init__(self, in_features: int, parts: dict[str, int], prefix: str):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(sum(parts.values()), in_features))
-        self.in_features = in_features
+        self.in_features, self.out_features = in_features, sum(parts.values())
         self.prefix = prefix
         self.parts: list[tuple[str, int, int]] = []
         for name, rows in parts.items():
@@ -218,7 +218,8 @@ class Decoder(nn.Module):
 
     `layer_forward(layer, x_TH, cos, sin, layout, dropout)` runs one layer: replaced by a recomputing
     version where the training step asks for it; `stack(x_TH, cos, sin, layout, dropout)`, where there is
-    one, runs all of them (`model.fused`). `strips`: see `widen`.
+    one, runs all of them (`model.fused`). `strips`: see `widen`. `rounded`: the group in which a base of 16 bits was
+    rounded to 4 (`model.four_bits`), 0 where it was not.
     """
 
     def __init__(self, config: DecoderConfig):
@@ -233,7 +234,7 @@ class Decoder(nn.Module):
         self.layer_forward = Layer.__call__
         self.stack: Any = None
         self.strips: dict[str, Tensor] = {}
-        self.padding = 0
+        self.padding = self.rounded = 0
         self.head_packed: Tensor | None = None  # model.packed
 
     def allocate(self, device: torch.device, dtype: torch.dtype, strips: dict[str, int] | None = None) -> Decoder:

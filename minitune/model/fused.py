@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from minitune.model import kernels
 from minitune.model.attention_kernels import attend_backward, attend_forward
-from minitune.model.decoder import Decoder, Layer, Linear
+from minitune.model.decoder import Decoder, Layer
+from minitune.model.four_bits import Room
 from minitune.model.fused_ops import (
     Beside,
     Counts,
@@ -34,14 +35,17 @@ from minitune.model.fused_ops import (
     next_power_of_2,
     norm_back,
     norm_in,
+    row_table,
     silu_mul,
     silu_mul_back,
     strip,
 )
 from minitune.model.lora import Dropout
+from minitune.model.quantized import GROUPS, Int4Linear
 from minitune.model.rope import rotate
 
 WIDEST = 256  # rows of A that the kernels' tiles hold: more would not fit the memory of a processor
+HEADS = (16, 32, 64, 128, 256)  # widths of a head that the kernels' tiles hold
 STRIP = 64  # strips are multiples of this: rows stay aligned for the matrix units
 
 
@@ -56,10 +60,12 @@ def why_not(decoder: Decoder, adapters: bool = True) -> str:
         return reason
     if adapters and decoder.lora_config is None:
         return "no adapter learns"
-    if decoder.config.head_dim not in (16, 32, 64, 128, 256):
+    if decoder.config.head_dim not in HEADS:
         return f"heads of {decoder.config.head_dim} are no power of two"
     for kind in Slot.KINDS:
         linears = decoder.of_kind(kind)
+        if any(isinstance(n, Int4Linear) and n.group not in GROUPS for n in linears):
+            return "the groups of the 4-bit weights are no 32, 64 or 128"
         if any(n.lora is not None and n.lora.A.shape[0] > WIDEST for n in linears):
             return f"{kind} has more than {WIDEST} rows of A"
         shapes = {None if n.lora is None else tuple((s, e) for _, s, e in n.lora.parts) for n in linears}
@@ -82,17 +88,6 @@ def flatten(decoder: Decoder) -> nn.Parameter:
         parameter.grad = flat.grad[at:end].view(shape)
         at = end
     return flat
-
-
-def row_table(linear: Linear) -> tuple[Tensor, Tensor]:
-    """int32 [Y] twice: the part of the adapter that an output row belongs to (-1: none), and its row of B."""
-    assert linear.lora is not None
-    part = torch.full((linear.weight.shape[0],), -1, dtype=torch.int32)
-    row = torch.zeros_like(part)
-    for i, (_, _, b, y) in enumerate(linear.lora.rows()):
-        part[y] = i
-        row[y] = torch.arange(b.start, b.stop, dtype=torch.int32)
-    return part.to(linear.weight.device), row.to(linear.weight.device)
 
 
 class Kept(NamedTuple):
@@ -128,6 +123,7 @@ class FusedStack:
         self.flat = flatten(decoder)
         self.shadow = torch.empty_like(self.flat.data, dtype=decoder.dtype)
         self.wide: dict[str, Tensor] = {}
+        self.rooms: list[Room] = []
         self.slots: list[dict[str, Slot]] = [{} for _ in decoder.layers]
         self.beside, self.counts = Beside(decoder.device), Counts(decoder.device)
         for kind in Slot.KINDS:
@@ -136,11 +132,18 @@ class FusedStack:
         self.refresh()
 
     def _place(self, kind: str) -> None:
-        """The weights of one kind, widened by a strip where they carry adapters."""
+        """The weights of one kind, widened by a strip where they carry adapters; room for one of them where they have
+        four bits."""
         decoder = self.decoder
         linears = decoder.of_kind(kind)
-        lora, rows = linears[0].lora, None
-        if lora is None:
+        lora, rows, room = linears[0].lora, None, None
+        if isinstance(linears[0], Int4Linear):
+            rows = None if lora is None else row_table(linears[0])
+            width = linears[0].in_features + (0 if lora is None else strip_width(lora.A.shape[0]))
+            room = Room(linears[0].out_features, width, decoder.dtype, decoder.device)
+            self.rooms.append(room)
+            wides = [room.tensor] * len(linears)
+        elif lora is None:
             wides = [linear.weight.data for linear in linears]
         else:
             rows = row_table(linears[0])
@@ -149,7 +152,7 @@ class FusedStack:
             self.wide[kind] = decoder.strips[kind]
             wides = list(self.wide[kind])
         for slots, linear, wide in zip(self.slots, linears, wides, strict=True):
-            slots[kind] = Slot(linear, wide, rows)
+            slots[kind] = Slot(linear, wide, rows, room)
 
     def _share(self) -> None:
         """Gives each slot its slices of the shadow and of the gradient."""
@@ -161,6 +164,7 @@ class FusedStack:
                     continue
                 a, b = slot.lora.A.numel(), slot.lora.B.numel()
                 slot.a = self.shadow[at : at + a].view_as(slot.lora.A)
+                slot.b = self.shadow[at + a : at + a + b].view_as(slot.lora.B)
                 slot.da = grad[at : at + a].view_as(slot.lora.A)
                 slot.db = grad[at + a : at + a + b].view_as(slot.lora.B)
                 at += a + b
@@ -178,7 +182,7 @@ class FusedStack:
             a, b = first.lora.A.numel(), first.lora.B.numel()
             shape, r = first.lora.B.shape, first.r
             b_LYr = self.shadow.view(layers, -1)[:, start + a : start + a + b].view(layers, *shape)
-            for i, (_, _, rows, y) in enumerate(first.lora.rows()):
+            for i, (_, _, rows, y) in enumerate(first.lora.rows() if kind in self.wide else ()):
                 self.wide[kind][:, y, first.X + i * r : first.X + (i + 1) * r].copy_(b_LYr[:, rows])
             start += a + b
 
@@ -318,6 +322,8 @@ class _Layers(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, flat: Tensor, stack: FusedStack, context: Context) -> Tensor:
         y: Tensor | None = None
         kept = []
+        for room in stack.rooms:
+            room.holder = None  # what a recorded pass left there is not known
         for i in range(len(stack.slots)):
             x, y, one = stack.layer_forward(i, x, y, context)
             kept.append(one if ctx.needs_input_grad[1] else None)

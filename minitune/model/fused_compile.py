@@ -18,22 +18,33 @@ from minitune.model.attention_kernels import LONGEST
 from minitune.model.decoder import Decoder, DecoderConfig
 from minitune.model.fused import Context, FusedStack
 from minitune.model.lora import LoraConfig, attach
+from minitune.model.quantized import quantize_linears
 
 TOKENS = 128  # any number: kernels are not compiled for it
 
 
 def compile_kernels(
-    shape: DecoderConfig, dtype: torch.dtype, lora: LoraConfig, documents: int, keep: bool, pool: Executor
+    shape: DecoderConfig,
+    dtype: torch.dtype,
+    lora: LoraConfig,
+    documents: int,
+    keep: bool,
+    pool: Executor,
+    group: int = 0,
 ) -> None:
-    """For a step of so many documents of at most `LONGEST` tokens, on this thread's current card, in the pool."""
+    """For a step of so many documents of at most `LONGEST` tokens, on this thread's current card, in the pool. group:
+    of 4-bit weights, 0 for others."""
     with kernels.compiling(pool), torch.no_grad():
-        launch_all(shape, dtype, lora, documents, keep)
+        launch_all(shape, dtype, lora, documents, keep, group)
 
 
-def launch_all(shape: DecoderConfig, dtype: torch.dtype, lora: LoraConfig, documents: int, keep: bool) -> None:
+def launch_all(
+    shape: DecoderConfig, dtype: torch.dtype, lora: LoraConfig, documents: int, keep: bool, group: int = 0
+) -> None:
     """Every launch of a training step, each kind at least once, on `meta`."""
     with torch.device("meta"):
-        decoder = Decoder(replace(shape, num_hidden_layers=3)).to(dtype)
+        decoder = Decoder(replace(shape, num_hidden_layers=3))
+        decoder = (quantize_linears(decoder, group) if group else decoder).to(dtype)
     attach(decoder, lora)
     stack = FusedStack(decoder, keep)
     with torch.device("meta"):

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from minitune.model import fused_kernels as fk
 from minitune.model.decoder import Linear
+from minitune.model.four_bits import Room, form
 from minitune.model.kernels import launch
+from minitune.model.quantized import Int4Linear
 
 
 def next_power_of_2(n: int) -> int:
@@ -70,37 +72,59 @@ class Beside:
 
 class Slot:
     """One linear of one layer with what its adapter needs; R = P = Q = r = 0 where there is none. split: dh comes of a
-    multiplication of its own, on the second stream."""
+    multiplication of its own, on the second stream. room: where a packed linear's weight is formed, shared by all
+    layers; `wide_YX` is that memory then."""
 
     KINDS = ("attn.qkv", "attn.o", "mlp.gate_up", "mlp.down")
 
-    def __init__(self, linear: Linear, wide_YX: Tensor, rows: tuple[Tensor, Tensor] | None):
-        self.wide, self.lora = wide_YX, linear.lora
-        self.Y, self.X = linear.weight.shape
+    def __init__(self, linear: Linear, wide_YX: Tensor, rows: tuple[Tensor, Tensor] | None, room: Room | None = None):
+        self.wide, self.lora, self.linear, self.room = wide_YX, linear.lora, linear, room
+        self.Y, self.X = linear.out_features, linear.in_features
         self.R = wide_YX.shape[1] - self.X
         self.split = self.R > 0 and self.Y >= SPLIT
         self.P = self.Q = self.r = 0
         self.s = 1.0
         self.a = self.site = self.part = self.row = wide_YX  # never read without an adapter
-        self.da = self.db = wide_YX
+        self.da = self.db = self.b = wide_YX
         if linear.lora is not None and rows is not None:
             self.P, self.r, self.s = linear.lora.A.shape[0], linear.lora.r, linear.lora.scale
             self.Q = max(16, next_power_of_2(self.P))
             self.site, (self.part, self.row) = linear.lora.site, rows
 
+    def weight(self) -> Tensor:
+        """[Y, X + R]; of a packed linear formed here, unless it is what was formed last. What the second stream reads
+        of it is joined before the next one is asked for."""
+        if self.room is not None and self.room.holder is not self:
+            assert isinstance(self.linear, Int4Linear)
+            form(self.linear.weight_packed, self.linear.weight_scale, self, self.wide)
+            self.room.holder = self
+        return self.wide
+
     def forward(self, x_TX: Tensor) -> Tensor:
-        return torch.mm(x_TX, self.wide.t())
+        return torch.mm(x_TX, self.weight().t())
 
     def backward(self, dy_TY: Tensor, beside: Beside, needs_dx: bool = True) -> Tensor:
         """[dx | dh] [T, X + R]; dx is left as it is where nobody needs it."""
+        wide = self.weight()
         if self.R == 0 or (needs_dx and not self.split):
-            return torch.mm(dy_TY, self.wide)
+            return torch.mm(dy_TY, wide)
         out = torch.empty(dy_TY.shape[0], self.X + self.R, dtype=dy_TY.dtype, device=dy_TY.device)
         with beside(dy_TY, out):
-            torch.mm(dy_TY, self.wide[:, self.X :], out=out[:, self.X :])
+            torch.mm(dy_TY, wide[:, self.X :], out=out[:, self.X :])
         if needs_dx:
-            torch.mm(dy_TY, self.wide[:, : self.X], out=out[:, : self.X])
+            torch.mm(dy_TY, wide[:, : self.X], out=out[:, : self.X])
         return out
+
+
+def row_table(linear: Linear) -> tuple[Tensor, Tensor]:
+    """int32 [Y] twice: the part of the adapter that an output row belongs to (-1: none), and its row of B."""
+    assert linear.lora is not None
+    part = torch.full((linear.out_features,), -1, dtype=torch.int32)
+    row = torch.zeros_like(part)
+    for i, (_, _, b, y) in enumerate(linear.lora.rows()):
+        part[y] = i
+        row[y] = torch.arange(b.start, b.stop, dtype=torch.int32)
+    return part.to(linear.lora.A.device), row.to(linear.lora.A.device)
 
 
 def _grid(tokens: int, columns: int, tile: Tile) -> tuple[int, int]:

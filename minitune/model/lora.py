@@ -175,9 +175,9 @@ def attach(model: Decoder, config: LoraConfig, seed: int = 0) -> list[nn.Paramet
         parts = [(n, s, e) for n, s, e in linear.parts if config.targets(linear.hub_name(n))]
         if not parts:
             continue
-        lora = Lora(parts, linear.weight.shape[0], linear.weight.shape[1], config, site + 1)
+        lora = Lora(parts, linear.out_features, linear.in_features, config, site + 1)
         lora.reset(seed)
-        linear.lora = lora.to(linear.weight.device)
+        linear.lora = lora.to(model.device)
         parameters += [linear.lora.A, linear.lora.B]
     model.lora_config = config
     return parameters

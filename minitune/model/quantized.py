@@ -131,6 +131,7 @@ class Int4Linear(Linear):
         nn.Module.__init__(self)
         rows, columns = like.weight.shape
         self.prefix, self.parts, self.lora, self.unmerged = like.prefix, like.parts, None, None
+        self.in_features, self.out_features, self.group = columns, rows, group
         self.register_buffer("weight_packed", like.weight.new_empty(rows, columns // PER_WORD, dtype=torch.int32))
         self.register_buffer("weight_scale", like.weight.new_empty(rows, columns // group))
 
@@ -140,8 +141,33 @@ class Int4Linear(Linear):
         return dequantize(self.weight_packed, self.weight_scale)
 
     def forward(self, x_TI: Tensor, dropout: Dropout | None = None) -> Tensor:
-        y_TO = F.linear(x_TI, dequantize(self.weight_packed, self.weight_scale, x_TI.dtype))
+        y_TO: Tensor = _Product.apply(x_TI, self.weight_packed, self.weight_scale)  # type: ignore[no-untyped-call]
         return y_TO if self.lora is None else self.lora(x_TI, y_TO, dropout)
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ; backward forms the weight again, so that none is kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, packed: Tensor, scale_OG: Tensor) -> Tensor:
+        ctx.save_for_backward(packed, scale_OG)
+        return F.linear(x_TI, dequantize(packed, scale_OG, x_TI.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+        packed, scale_OG = ctx.saved_tensors
+        dx = grads[0] @ dequantize(packed, scale_OG, grads[0].dtype) if ctx.needs_input_grad[0] else None
+        return dx, None, None
+
+
+def packed_linears(decoder: Decoder) -> list[Int4Linear]:
+    """The linears that have four bits: all of the layers', or none."""
+    return [linear for linear in decoder.linears() if isinstance(linear, Int4Linear)]
+
+
+def is_packed(decoder: Decoder) -> bool:
+    """Whether there are any."""
+    return bool(packed_linears(decoder))
 
 
 def quantize_linears(decoder: Decoder, group: int) -> Decoder:

@@ -81,15 +81,24 @@ class Loading:
         self._compilers = ThreadPoolExecutor(8, thread_name_prefix="compile")
         self._thread: threading.Thread | None = None
         self._decoder: Decoder | None = None
+        self.shape: Any = None  # the decoder's, from `begin` on
         self._error: BaseException | None = None
 
     def begin(self, base: Path) -> None:
         """Checks the names and shapes in `base` now (UserError), and reads from now on."""
         from minitune.checkpoint.shards import Shards
         from minitune.checkpoint.weights import skeleton
+        from minitune.config import UserError
+        from minitune.model import four_bits
 
         shards = Shards(base)
         empty = skeleton(shards)
+        self.shape = empty.config
+        if self.config.method == "qlora":
+            try:
+                four_bits.make_room(empty)
+            except ValueError as error:
+                raise UserError(f"{base}: {error}") from None
         self._thread = threading.Thread(target=self._run, args=(shards, empty), name="weights", daemon=True)
         self._thread.start()
         threading.Thread(target=self._compile, args=(empty,), name="kernels", daemon=True).start()

@@ -1,7 +1,7 @@
 """The fast step of a card: layers by hand (`model.fused`, `model.full`), the step captured (`train.graph`), batches
 made ahead.
 
-Where the layers stay plain (cards before Ampere, 4-bit weights), the step is captured all the same. On the CPU nothing
+Where the layers stay plain (cards before Ampere), the step is captured all the same. On the CPU nothing
 of this happens.
 """
 
@@ -22,7 +22,7 @@ from minitune.model.attention import choose_kernel
 from minitune.model.decoder import Decoder, DecoderConfig
 from minitune.model.fused_ops import Slot
 from minitune.model.lora import LoraConfig
-from minitune.model.quantized import Int4Linear
+from minitune.model.quantized import is_packed, packed_linears
 from minitune.train import graph
 from minitune.train.step import TrainStep
 
@@ -36,7 +36,7 @@ def why_plain(decoder: Decoder) -> str:
     adapters, `model.full`."""
     if reason := why_not_on(decoder.device):
         return reason
-    if any(isinstance(linear, Int4Linear) for linear in decoder.linears()):
+    if is_packed(decoder) and decoder.lora_config is None:
         return "the weights have 4 bits"
     return full.why_not(decoder) if decoder.lora_config is None else fused.why_not(decoder)
 
@@ -53,12 +53,15 @@ def plain_engine(config: TrainConfig) -> bool:
 
 def strips_of(decoder: Decoder, lora: LoraConfig) -> dict[str, int]:
     """{kind: width}: the strips for `Decoder.allocate` that `model.fused` will want of these adapters; none where the
-    layers can't be fused. The decoder may be on `meta`, without adapters."""
+    layers can't be fused, or have four bits (theirs lie where a weight is formed). The decoder may be on `meta`,
+    without adapters."""
     strips: dict[str, int] = {}
+    if is_packed(decoder):
+        return strips
     for kind in Slot.KINDS:
         linears = decoder.of_kind(kind)
         targeted = {tuple(n for n, _, _ in m.parts if lora.targets(m.hub_name(n))) for m in linears}
-        if len(targeted) > 1 or any(isinstance(m, Int4Linear) for m in linears):
+        if len(targeted) > 1:
             return {}
         if width := fused.strip_width(lora.r * len(targeted.pop())):
             strips[kind] = width
@@ -79,14 +82,19 @@ def compile_early(
     config: TrainConfig, empty: Decoder, dtype: torch.dtype, lora: LoraConfig, device: torch.device, pool: Executor
 ) -> None:
     """Compiles what a run of this decoder (on `meta`) will most likely launch: its steps' rows are short, its layers
-    are not recomputed unless that is asked for."""
-    if why_not_on(device) or not strips_of(empty, lora):
+    are not recomputed unless that is asked for, or the base has four bits. Where its layers can't be fused, ValueError
+    of `FusedStack`."""
+    if why_not_on(device):
         return
     from minitune.model.fused_compile import compile_kernels
 
     documents = config.rows_per_step + 1  # the padding is one more
+    keep = config.gradient_checkpointing == "false" or (
+        config.gradient_checkpointing == "auto" and config.method == "lora"
+    )
+    group = next((n.group for n in packed_linears(empty)), 0)
     with torch.cuda.device(device):
-        compile_kernels(empty.config, dtype, lora, documents, config.gradient_checkpointing != "true", pool)
+        compile_kernels(empty.config, dtype, lora, documents, keep, pool, group)
 
 
 def compile_full_early(
@@ -111,10 +119,10 @@ def head_share(shape: DecoderConfig) -> float:
     return shape.vocab_size * shape.hidden_size / (shape.num_hidden_layers * layer)
 
 
-def one_pack_steps(loader: Loader, per_epoch: Sequence[int], total: int) -> NDArray[np.int64]:
-    """int64 [N, 5]: (epoch, step, tokens, documents, supervised) of those of the run's steps that are one pack each;
+def every_step(loader: Loader, per_epoch: Sequence[int], total: int) -> NDArray[np.int64]:
+    """int64 [N, 6]: (epoch, step, tokens, documents, supervised, 1 where it is one pack) of each of the run's steps;
     by the plan alone, no batch is made."""
-    out = [np.zeros((0, 5), dtype=np.int64)]
+    out = [np.zeros((0, 6), dtype=np.int64)]
     for epoch, steps in enumerate(per_epoch):
         count = min(steps, total)
         total -= count
@@ -129,23 +137,35 @@ def one_pack_steps(loader: Loader, per_epoch: Sequence[int], total: int) -> NDAr
         documents = np.diff(plan.bounds[: count + 1])
         supervised = np.add.reduceat(loader.rows.supervised[rows], starts)
         whole = (tokens <= loader.tokens_per_pack) | (documents == 1)  # see `packing.packs`
-        columns = (np.full(count, epoch), np.arange(count), tokens, documents, supervised)
-        out.append(np.stack(columns, axis=1)[whole])
+        columns = (np.full(count, epoch), np.arange(count), tokens, documents, supervised, whole)
+        out.append(np.stack(columns, axis=1).astype(np.int64))
     return np.concatenate(out)
 
 
 def _shares_of(loader: Loader, epoch: int, count: int) -> NDArray[np.int64]:
-    """The same of this process's share, for those of an epoch's first `count` steps that are at most one pack for each
-    process: they are the same steps for all."""
+    """The same of this process's share of an epoch's first `count` steps; the last column is 1 where no process has
+    more than one pack, for all of them alike."""
     found = []
     for step in range(count):
         plans = loader.plans(epoch, step)
-        if max(map(len, plans)) == 1:
-            mine = plans[loader.rank][0] if plans[loader.rank] else []
-            supervised = int(loader.rows.supervised[mine].sum())
-            # without a row: one token that counts for nothing
-            found.append((epoch, step, max(1, int(loader.lengths[mine].sum())), max(1, len(mine)), supervised))
-    return np.array(found, dtype=np.int64).reshape(-1, 5)
+        rows = [row for pack in plans[loader.rank] for row in pack]
+        # without a row: one token that counts for nothing
+        tokens, documents = max(1, int(loader.lengths[rows].sum())), max(1, len(rows))
+        supervised = int(loader.rows.supervised[rows].sum())
+        found.append((epoch, step, tokens, documents, supervised, max(map(len, plans)) == 1))
+    return np.array(found, dtype=np.int64).reshape(-1, 6)
+
+
+def one_pack_steps(loader: Loader, per_epoch: Sequence[int], total: int) -> NDArray[np.int64]:
+    """int64 [N, 5]: the same of those that are one pack each, which the last column would say."""
+    steps = every_step(loader, per_epoch, total)
+    return steps[steps[:, 5] == 1, :5]
+
+
+def capacities_of(plan: NDArray[np.int64], total: int, shape: DecoderConfig) -> list[graph.Capacity]:
+    """What is captured for `one_pack_steps` of a run of so many steps."""
+    sizes = [(t, d, s) for t, d, s in plan[:, 2:5].tolist()]
+    return graph.capacities(sizes, 4 if total < LONG else 8, head_share(shape))
 
 
 def quicken(
@@ -166,8 +186,7 @@ def quicken(
         what = f"every parameter learns, and {several:,} steps are several packs, which would take the memory twice"
         return step, f"plain step: {what}; raise --tokens_per_pack to have it captured"
     sizes = [(t, d, s) for t, d, s in plan[:, 2:].tolist()]
-    most = 4 if total < LONG else 8
-    capacities = graph.capacities(sizes, most, head_share(decoder.config))
+    capacities = capacities_of(plan, total, decoder.config)
     fits = (plan[:, 2] <= capacities[0].tokens) & (plan[:, 4] <= capacities[0].positions)
     epoch, number = plan[np.where(fits, plan[:, 2], 0).argmax(), :2].tolist()
     sample = loader.batch(epoch, number).packs[0]

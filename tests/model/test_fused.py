@@ -66,7 +66,7 @@ def run(decoder: Decoder, layout: PackedLayout, drop: bool, times: int = 1) -> t
     tokens = sum(LENGTHS)
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(0, SHAPE.vocab_size, (tokens,), generator=generator).to(DEVICE)
-    weight = torch.randn(tokens, SHAPE.hidden_size, generator=generator).to(DEVICE, decoder.dtype)
+    weight = torch.randn(tokens, decoder.config.hidden_size, generator=generator).to(DEVICE, decoder.dtype)
     positions = torch.cat([torch.arange(n) for n in LENGTHS]).to(DEVICE)
     step = torch.full((), 9, dtype=torch.int64, device=DEVICE)
     dropout = Dropout.at(4, step, torch.arange(tokens, device=DEVICE), 0.25) if drop else None

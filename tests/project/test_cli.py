@@ -196,7 +196,7 @@ SETTINGS: list[tuple[list[str], tuple[str, ...]]] = [
     (["--learning_rate=-1"], ("learning_rate",)),
     (["--lora_r", "1.5"], ("lora_r", "whole number")),
     (["--lora_r", "0"], ("lora_r is 0",)),
-    (["--method", "qlora2"], ("method", "lora, full")),
+    (["--method", "qlora2"], ("method", "lora, qlora, full")),
     (["--overlong", "trim"], ("overlong", "cut, drop, error")),
     (["--template.bos", "maybe"], ("template.bos", "true or false")),
     (["--lerning_rate", "1"], ("lerning_rate", "did you mean learning_rate")),

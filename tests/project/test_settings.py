@@ -176,13 +176,12 @@ def test_refused_by_name(given: dict[str, Any], words: tuple[str, ...]) -> None:
     assert all(word in said for word in words) and said.startswith("lora.yaml: "), said
 
 
-def test_a_4_bit_base_is_qlora_or_refused() -> None:
-    """Whichever this version can: the choice of `method` decides."""
-    if "qlora" in KNOWN["method"][1].__args__:
-        for given in (LF | {"quantization_bit": 4}, AXOLOTL | {"adapter": "qlora", "load_in_4bit": True}):
-            assert reading(given | {"bnb_4bit_quant_type": "nf4"}).values["method"] == "qlora"
-    else:
-        assert "leave it out" in refusal(LF | {"quantization_bit": 4})
+def test_a_4_bit_base_is_qlora() -> None:
+    """In whatever words; with every parameter learning it is refused."""
+    for given in (LF | {"quantization_bit": 4}, AXOLOTL | {"adapter": "qlora", "load_in_4bit": True}):
+        assert reading(given | {"bnb_4bit_quant_type": "nf4"}).values["method"] == "qlora"
+    assert reading(AXOLOTL | {"adapter": "qlora"}).values["method"] == "qlora"
+    assert "every parameter" in refusal(LF | {"quantization_bit": 4, "finetuning_type": "full"})
     assert reading(LF | {"quantization_bit": None, "load_in_4bit": False}).values["method"] == "lora"
 
 
@@ -535,8 +534,6 @@ def test_run_yaml_repeats_the_run(run: Run, model: Path, tmp_path: Path, method:
     data = write_rows(tmp_path / "rows.json", 9)
     more = ["--max_steps", 3, "--eval_rows", 2, "--seed", 7, "--lr_scheduler_type", "cosine", "--learning_rate", "3e-4"]
     code, _, err = run("train", "--model", model, "--data", data, "--output", first, "--method", method, "--device", "cpu", *more)  # fmt: skip
-    if code == 2 and method == "qlora":
-        pytest.skip(err)
     assert code == 0, err
     code, _, err = run("train", "--config", first / "run.yaml", "--output", again)
     assert code == 0 and "minitune's words" not in err, err

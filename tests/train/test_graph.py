@@ -12,8 +12,10 @@ import torch
 from minitune.config import TrainConfig
 from minitune.data.loader import Pack, StepBatch, make_pack
 from minitune.data.template import Encoded
+from minitune.model import four_bits
 from minitune.model.decoder import Decoder, DecoderConfig
 from minitune.model.lora import Dropout, LoraConfig, attach
+from minitune.model.quantized import packed_linears
 from minitune.train import graph
 from minitune.train.optim import AdamW
 from minitune.train.step import TrainStep, pack_loss
@@ -32,10 +34,11 @@ SHAPE = DecoderConfig(
 )
 
 
-def decoder_on(device: str, dtype: torch.dtype, shape: DecoderConfig = SHAPE) -> Decoder:
-    """A random decoder whose adapters are not zero, the same on every device."""
+def decoder_on(device: str, dtype: torch.dtype, shape: DecoderConfig = SHAPE, four: bool = False) -> Decoder:
+    """A random decoder whose adapters are not zero, the same on every device. four: its layers are of 4 bits."""
     with torch.device("meta"):
         decoder = Decoder(shape)
+        decoder = four_bits.make_room(decoder) if four else decoder
     decoder.allocate(torch.device(device), dtype)
     generator = torch.Generator().manual_seed(3)
     attach(decoder, LoraConfig(r=4, lora_dropout=0.1), seed=1)
@@ -43,14 +46,19 @@ def decoder_on(device: str, dtype: torch.dtype, shape: DecoderConfig = SHAPE) ->
         for parameter in decoder.parameters():
             values = torch.randn(parameter.shape, generator=generator) * 0.1
             parameter.copy_(values + 1 if parameter.ndim == 1 else values)
+        for linear in packed_linears(decoder):
+            values = torch.randn(linear.out_features, linear.in_features, generator=generator) * 0.1
+            four_bits.Rounding(linear.weight_packed, linear.weight_scale).copy_(values)
     return decoder.train()
 
 
-def fused_on(device: str, dtype: torch.dtype, keep: bool = True, shape: DecoderConfig = SHAPE) -> TrainStep:
+def fused_on(
+    device: str, dtype: torch.dtype, keep: bool = True, shape: DecoderConfig = SHAPE, four: bool = False
+) -> TrainStep:
     """The same step over `model.fused`."""
     from minitune.model.fused import FusedStack
 
-    decoder = decoder_on(device, dtype, shape)
+    decoder = decoder_on(device, dtype, shape, four)
     decoder.stack = FusedStack(decoder, keep)
     return TrainStep(decoder, AdamW([decoder.stack.flat], TrainConfig()), dropout=0.1, seed=5)
 
@@ -59,8 +67,8 @@ def adapters(step: TrainStep) -> list[torch.Tensor]:
     return [p.detach() for n in step.decoder.linears() if n.lora is not None for p in (n.lora.A, n.lora.B)]
 
 
-def step_on(device: str, dtype: torch.dtype) -> TrainStep:
-    decoder = decoder_on(device, dtype)
+def step_on(device: str, dtype: torch.dtype, four: bool = False) -> TrainStep:
+    decoder = decoder_on(device, dtype, four=four)
     learning = [p for p in decoder.parameters() if p.requires_grad]
     return TrainStep(decoder, AdamW(learning, TrainConfig()), dropout=0.1, seed=5)
 
@@ -120,9 +128,9 @@ def test_the_contract_names_what_moved() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize(("keep", "four"), [(True, False), (False, False), (False, True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_captured_steps_are_plain_steps(dtype: torch.dtype, keep: bool) -> None:
+def test_captured_steps_are_plain_steps(dtype: torch.dtype, keep: bool, four: bool) -> None:
     """20 steps with changing inputs, rates and capacities, dropout on: losses, norms and what was learned agree.
 
     float32 is compared with the plain layers, tightly. In bfloat16 this random model's gradient is mostly rounding
@@ -131,8 +139,8 @@ def test_captured_steps_are_plain_steps(dtype: torch.dtype, keep: bool) -> None:
     less exact than the plain one's is tests/model/test_fused.py's)."""
     half = dtype == torch.bfloat16
     close, near = (3e-2, 5e-2) if half else (1e-4, 4e-4)
-    reference = fused_on("cuda", dtype, keep) if half else None
-    plain, base = step_on("cuda", dtype), fused_on("cuda", dtype, keep)
+    reference = fused_on("cuda", dtype, keep, four=four) if half else None
+    plain, base = step_on("cuda", dtype, four), fused_on("cuda", dtype, keep, four=four)
     batches = [StepBatch([pack], len(pack.lengths)) for pack in packs(20)]
     sizes = [(b.tokens, len(b.packs[0].lengths), b.supervised) for b in batches]
     capacities = graph.capacities(sizes, most=2)
@@ -192,8 +200,8 @@ def test_another_capacity_gives_the_same_loss(dtype: torch.dtype, close: float) 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("keep", [True, False])
-def test_what_is_compiled_early_is_not_compiled_again(keep: bool) -> None:
+@pytest.mark.parametrize(("keep", "four"), [(True, False), (False, False), (False, True)])
+def test_what_is_compiled_early_is_not_compiled_again(keep: bool, four: bool) -> None:
     """A run's kernels, all and none in vain: a capture after `compile_kernels` compiles nothing."""
     import triton
 
@@ -205,7 +213,7 @@ def test_what_is_compiled_early_is_not_compiled_again(keep: bool) -> None:
         compiled.append(str(more["fn"]))
 
     # a shape of its own: what another test has compiled would not be compiled again
-    step = fused_on("cuda", torch.bfloat16, keep, replace(SHAPE, hidden_size=160 + 32 * keep))
+    step = fused_on("cuda", torch.bfloat16, keep, replace(SHAPE, hidden_size=160 + 32 * keep + 64 * four), four)
     lora = step.decoder.lora_config
     assert lora is not None
     packed = packs(4)
@@ -213,7 +221,8 @@ def test_what_is_compiled_early_is_not_compiled_again(keep: bool) -> None:
     kept, triton.knobs.runtime.jit_post_compile_hook = triton.knobs.runtime.jit_post_compile_hook, hook
     try:
         with ThreadPoolExecutor(8) as pool:
-            compile_kernels(step.decoder.config, torch.bfloat16, lora, capacity.documents, keep, pool)
+            group = step.decoder.rounded
+            compile_kernels(step.decoder.config, torch.bfloat16, lora, capacity.documents, keep, pool, group)
         early = len(compiled)
         graph.capture(step, [capacity], max(packed, key=lambda p: p.tokens), longest=70)
     finally:

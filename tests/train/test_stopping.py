@@ -25,8 +25,8 @@ from minitune.data import dataset
 from minitune.data.template import Template
 from minitune.train import run as run_module
 from minitune.train.optim import AdamW
-from minitune.train.prepare import make_loader
 from minitune.train.step import TrainStep, held_out_loss
+from minitune.train.steps import make_loader
 from minitune.train.stop import Best, Interrupt, Stopped, go_on, mends, out_of_memory
 
 pytestmark = pytest.mark.usefixtures("undrawn")
