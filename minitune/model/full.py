@@ -51,8 +51,8 @@ class Kept(NamedTuple):
 
     x1: Tensor
     x2: Tensor | None = None
-    attention: tuple[Any, ...] = ()
-    gate_up: Tensor | None = None
+    attention: tuple[Any, ...] = ()  # 1/rms of x1, q|k|v, state, result
+    mlp: tuple[Any, ...] = ()  # 1/rms of x2, gate|up
 
 
 @dataclass
@@ -164,10 +164,10 @@ class FullStack(FusedStack):
                 place[some].addmm_(d_logits_PW[:, some].t(), h_PH, beta=beta)
 
     def layer_forward(self, i: int, x: Tensor, y: Tensor | None, ctx: Context) -> tuple[Tensor, Tensor, Kept]:  # type: ignore[override]
-        x1, (_, _, qkv, state, out), _ = self.attention(i, x, y, ctx)
-        x2, (_, _, gate_up) = self.mlp(i, x1, self.slots[i]["attn.o"].forward(out), ctx)
+        x1, (rstd, _, *attention), _ = self.attention(i, x, y, ctx)
+        x2, (second, _, gate_up) = self.mlp(i, x1, self.slots[i]["attn.o"].forward(attention[-1]), ctx)
         y = self.slots[i]["mlp.down"].forward(silu_mul(gate_up, self.slots[i]["mlp.down"]))
-        return x2, y, Kept(x1, x2, (qkv, state, out), gate_up) if self.whole(i) else Kept(x1)
+        return x2, y, Kept(x1, x2, (rstd, *attention), (second, gate_up)) if self.whole(i) else Kept(x1)
 
     # Backward
 
@@ -198,38 +198,43 @@ class FullStack(FusedStack):
         """d, the gradient of the layer's result, becomes that of its input."""
         slots, layer, m = self.slots[i], self.layer(i), self.gain
         qkv_, o_, gate_up_, down_ = (slots[kind] for kind in Slot.KINDS)
-        x1, x2, attention, gate_up = kept
+        x1, x2, attention, mlp = kept
         del kept
-        if x2 is None or gate_up is None:
-            _, (_, _, *attention), _ = self.attention(i, x1, None, ctx)  # type: ignore[assignment]
-            x2, (_, _, gate_up) = self.mlp(i, x1, o_.forward(attention[-1]), ctx)
+        if x2 is None:
+            _, (rstd, _, *rest), _ = self.attention(i, x1, None, ctx)
+            x2, (second, _, gate_up) = self.mlp(i, x1, o_.forward(rest[-1]), ctx)
+            attention, mlp = (rstd, *rest), (second, gate_up)
+            del rest
 
+        rstd, gate_up = mlp
         act = torch.mm(d, down_.wide)
         silu_mul_back(gate_up, act, down_, None, m, along=False, again=True)  # gate_up holds its gradient now
         self._weight(4 * i + 4, d, act, m, sink)
         d_n = torch.mm(gate_up, gate_up_.wide)
-        _, n, rstd = norm_in(x2, None, m, layer.mlp_norm, gate_up_)
-        self._weight(4 * i + 3, gate_up, n, 1.0, sink)
-        del act, gate_up, n
+        self._weight(4 * i + 3, gate_up, x2, 1.0, sink, layer.mlp_norm)
+        del act, gate_up, mlp
         self.beside.join(but=3)  # d is about to change, which the weight before this one was multiplied by
         self._norm(2 * i + 1, d, d_n, x2, rstd, layer.mlp_norm)
 
-        qkv, state, out = attention
+        rstd, qkv, state, out = attention
         d_out = torch.mm(d, o_.wide)
         self._weight(4 * i + 2, d, out, m, sink)
         d_qkv = self.attention_backward(i, d_out, qkv, state, out, ctx)
         del d_out, qkv, state, out, attention
         d_n = torch.mm(d_qkv, qkv_.wide)
-        _, n, rstd = norm_in(x1, None, m, layer.attn_norm, qkv_)
-        self._weight(4 * i + 1, d_qkv, n, 1.0, sink)
-        del d_qkv, n
+        self._weight(4 * i + 1, d_qkv, x1, 1.0, sink, layer.attn_norm)
+        del d_qkv
         self.beside.join(but=3)
         self._norm(2 * i, d, d_n, x1, rstd, layer.attn_norm)
 
-    def _weight(self, index: int, dy_TY: Tensor, x_TX: Tensor, gain: float, sink: Sink) -> None:
-        """gain · dyᵀ x, to where the sink wants it, on the second stream. What the sink then does is a piece by itself,
-        which no longer needs dy and x."""
+    def _weight(
+        self, index: int, dy_TY: Tensor, x_TX: Tensor, gain: float, sink: Sink, norm: RMSNorm | None = None
+    ) -> None:
+        """gain · dyᵀ x, to where the sink wants it, on the second stream; with norm, the norm of x. What the sink then
+        does is a piece by itself, which no longer needs dy and x."""
         with self.beside(dy_TY, x_TX):
+            if norm is not None:
+                x_TX = norm_in(x_TX, None, gain, norm, self.slots[0]["attn.qkv"])[1]
             place, beta = sink.place(index)
             place.addmm_(dy_TY.t(), x_TX, beta=beta, alpha=gain)
         with self.beside():

@@ -86,7 +86,7 @@ def norm_back(
         d_TH, dy_TH, x_TH, rstd_T, weight_H, part_PH, tokens, programs,
         H=width, BH=next_power_of_2(width), num_warps=8,
     )  # fmt: skip
-    launch(_add_parts, (-(-width // 32),), part_PH, grad_H, programs, H=width, B=64, BH=32, num_warps=4)
+    launch(_add_parts, (-(-width // 16),), part_PH, grad_H, programs, H=width, B=256, BH=16, num_warps=8)
 
 
 def add_rows(d_TH: Tensor, ids_T: Tensor, out_VH: Tensor, gain: float) -> None:

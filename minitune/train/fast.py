@@ -143,16 +143,15 @@ def every_step(loader: Loader, per_epoch: Sequence[int], total: int) -> NDArray[
 
 
 def _shares_of(loader: Loader, epoch: int, count: int) -> NDArray[np.int64]:
-    """The same of this process's share of an epoch's first `count` steps; the last column is 1 where no process has
-    more than one pack, for all of them alike."""
+    """The same of this process's share of an epoch's first `count` steps; one pack: at most one for each process, which
+    is so for all of them or none."""
     found = []
     for step in range(count):
         plans = loader.plans(epoch, step)
-        rows = [row for pack in plans[loader.rank] for row in pack]
+        mine = [row for pack in plans[loader.rank] for row in pack]
+        tokens, supervised = int(loader.lengths[mine].sum()), int(loader.rows.supervised[mine].sum())
         # without a row: one token that counts for nothing
-        tokens, documents = max(1, int(loader.lengths[rows].sum())), max(1, len(rows))
-        supervised = int(loader.rows.supervised[rows].sum())
-        found.append((epoch, step, tokens, documents, supervised, max(map(len, plans)) == 1))
+        found.append((epoch, step, max(1, tokens), max(1, len(mine)), supervised, max(map(len, plans)) == 1))
     return np.array(found, dtype=np.int64).reshape(-1, 6)
 
 
