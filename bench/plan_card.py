@@ -25,17 +25,16 @@ from pathlib import Path
 import torch
 from train_command import SHARED
 
-from minitune.train.plan import methods
-
+ONCE = ["--num_train_epochs", "1"]  # of long rows: some 26,000 tokens a step
 # By importance: name -> settings.
 RUNS = {
     "lora-6.5": ["--method", "lora", "--memory", "6.5GiB"],
     "full-13": ["--method", "full", "--memory", "13GiB"],
     "qlora-4": ["--method", "qlora", "--memory", "4GiB"],
-    "full-24-long": ["--method", "full", "--memory", "24GB", "--max_length", "2048"],
-    "lora-24-long": ["--method", "lora", "--memory", "24GB", "--max_length", "2048"],
-    "lora-8": ["--method", "lora", "--memory", "8GiB"],
+    "full-24-long": ["--method", "full", "--memory", "24GB", "--max_length", "2048", *ONCE],
+    "lora-24-long": ["--method", "lora", "--memory", "24GB", "--max_length", "2048", *ONCE],
     "full-16": ["--method", "full", "--memory", "16GiB"],
+    "lora-8": ["--method", "lora", "--memory", "8GiB"],
     "lora": ["--method", "lora"],
     "full": ["--method", "full"],
     "lora-8192": ["--method", "lora", "--tokens_per_step", "8192"],
@@ -76,7 +75,7 @@ def one(name: str, work: Path, data: Path, steps: int, seconds: float) -> None:
     output = work / f"out-{name}"
     command = [sys.executable, "-m", "minitune", "train", "--model", str(work / "model"), "--output", str(output)]
     command += ["--data", str(work / "long.json" if name.endswith("long") else data), "--save_steps", "1000000"]
-    command += ["--logging_steps", "5" if "long" in name or "8192" in name else "10", *RUNS[name]]
+    command += ["--logging_steps", "1" if "long" in name else "5" if "8192" in name else "10", *RUNS[name]]
     command += ["--max_steps", str(steps)] if steps else []
     environment = os.environ | {"MINITUNE_ROWS_CACHE": str(work / "rows")}
     environment.setdefault("TRITON_CACHE_DIR", str(work / "triton"))
@@ -127,7 +126,11 @@ def main() -> None:
     parser.add_argument("--only", default=FIRST, help=f"of {','.join(RUNS)}")
     parser.add_argument("--steps", type=int, default=0, help="steps of each run (0: three epochs)")
     parser.add_argument("--seconds", type=float, default=75, help="of each run at most")
+    parser.add_argument(
+        "--total", type=float, default=235, help="seconds in all: what would begin too late is left out"
+    )
     arguments = parser.parse_args()
+    began = time.perf_counter()
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)
     if not (arguments.work / "model").exists():
         shutil.rmtree(arguments.work, ignore_errors=True)
@@ -136,8 +139,11 @@ def main() -> None:
         subprocess.run(maker, cwd=Path(__file__).parent, check=True)  # a process of its own: its memory is the card's
     long_rows(arguments.data, arguments.work / "long.json")
     for name in arguments.only.split(","):
-        if "qlora" not in name or "qlora" in methods():
-            one(name, arguments.work, arguments.data, arguments.steps, arguments.seconds)
+        left = arguments.total - (time.perf_counter() - began)
+        if left < 15:
+            print(f"{name}: left out, {arguments.total:.0f} s are over")
+            continue
+        one(name, arguments.work, arguments.data, arguments.steps, min(left, arguments.seconds))
 
 
 if __name__ == "__main__":

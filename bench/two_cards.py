@@ -44,9 +44,10 @@ def made(arguments: argparse.Namespace, side: str, team: Any) -> tuple[Any, Any,
     from minitune.data.template import Encoded
     from minitune.train import fast
     from minitune.train.optim import AdamW
-    from minitune.train.prepare import equip, make_loader
+    from minitune.train.prepare import equip
     from minitune.train.sharded import Sharded
     from minitune.train.step import TrainStep, recompute_layers
+    from minitune.train.steps import make_loader
 
     fast.settle_memory(sparing=side == "full")
     decoder = our_decoder(arguments, by_hand=side == "lora")

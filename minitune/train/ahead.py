@@ -135,11 +135,14 @@ class Loading:
         import torch
 
         from minitune.checkpoint.weights import filled
-        from minitune.train import fast
+        from minitune.config import UserError
+        from minitune.train import fast, foresee
         from minitune.train.prepare import lora_of, training_dtype
 
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)  # a thread has a current card of its own
+        if foresee.hopeless(self.config, shards.folder, empty.config, self.device):
+            raise UserError(f"{shards.folder}: its weights do not fit the card")  # the plan says more, and sooner
         strips = None
         if self.config.method != "full" and not fast.plain_engine(self.config) and not fast.why_not_on(self.device):
             strips = partial(fast.strips_of, lora=lora_of(self.config))

@@ -140,6 +140,8 @@ def describe(choice: Choice, method: str, layers: int) -> str:
     kept = "all layers kept" if choice.whole >= layers else f"{choice.whole} of {layers} layers kept"
     if method != "full" and choice.whole < layers:
         kept = "layers recomputed"
+    if choice.chunk:
+        kept += f", logits of {choice.chunk} positions at a time"
     return f"{choice.optim}, {kept}" if method == "full" else kept
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from minitune.checkpoint.weights import read_json
 from minitune.config import TrainConfig, UserError, bytes_of
+from minitune.data.store import EncodedRows
 from minitune.model.decoder import DecoderConfig
 from minitune.model.quantized import group_of
 from minitune.train import cards, plan, speed
+from minitune.train.checks import several
 from minitune.train.memory import GIB
 from minitune.train.parallel import Team
 from minitune.train.plan import Plan
@@ -46,6 +49,18 @@ def foresee(
     if config.method == "full":
         decided["optim"] = made.choice.optim
     return dataclasses.replace(config, **decided), made, plan.lines(config, made)
+
+
+def hopeless(config: TrainConfig, base: Path, shape: DecoderConfig, device: torch.device) -> bool:
+    """Whether not even steps of a hundred tokens fit: `foresee` will refuse, and nothing need be read. Of one process
+    without DeepSpeed."""
+    if device.type != "cuda" or config.deepspeed or several():
+        return False
+    nothing = EncodedRows.of([])
+    dtype, int4 = training_dtype(config, device), group_of(read_json(base / "config.json")) or 0
+    planner = plan.planner_here(config, shape, nothing, nothing, dtype, device, int4)
+    assert planner.room is not None
+    return planner.least(config) > planner.room * (1.0 if config.memory else SLACK)
 
 
 class Foretold:

@@ -161,11 +161,12 @@ class Load:
 @dataclass(frozen=True)
 class Choice:
     """What the planner decides. whole: layers that keep their activations, from the last (adapters: all, or one).
-    pack: tokens computed at once at most."""
+    pack: tokens computed at once at most. chunk: positions whose logits exist at once, 0: as `step.chunk_of` says."""
 
     optim: str
     whole: int
     pack: int = 8192
+    chunk: int = 0
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,9 @@ def _weights(setup: Setup, layers: int) -> int:
 
 
 def chunk_of(setup: Setup, choice: Choice) -> int:
-    """Positions whose logits exist at once, as `step.chunk_of` has them."""
+    """Positions whose logits exist at once, as `step.chunk_of` has them where nothing else is chosen."""
+    if choice.chunk:
+        return choice.chunk
     small = not setup.kernels or (setup.by_hand and choice.whole < setup.shape.num_hidden_layers)
     return 512 if small else 2048
 
@@ -296,26 +299,31 @@ def _at_peak(learns: Parts, kept: int, logits: int, more: int) -> Parts:
 
 
 def _full(setup: Setup, load: Load, choice: Choice) -> Parts:
+    out = _full_backward(setup, load, choice)
+    if choice.optim == "adamw" and setup.size < 4:
+        masters = 4 * setup.parameters
+        out = replace(out, gradients=out.gradients + max(0, masters - out.activations - out.logits))
+    return out
+
+
+def _full_backward(setup: Setup, load: Load, choice: Choice) -> Parts:
     size, H, F = setup.size, setup.shape.hidden_size, setup.shape.intermediate_size
     layers, whole, count = setup.shape.num_hidden_layers, choice.whole, setup.parameters
     layer = layer_bytes(setup, setup.kernel(load.longest))
     logits, tokens = _logits(setup, load, choice), load.tokens
     learns = Parts(optimizer=2 * count + count // 32)  # codes and scales
-    if choice.optim == "adamw":
-        half = size < 4  # below float32 a master and its gradient
-        learns = Parts(optimizer=(12 if half else 8) * count, gradients=(size + (4 if half else 0)) * count)
+    if choice.optim == "adamw":  # below float32 a master; its gradient is made when the activations are gone
+        learns = Parts(optimizer=(12 if size < 4 else 8) * count, gradients=size * count)
     elif choice.optim == "adamw_8bit":
         learns = replace(learns, gradients=size * count)
-    else:  # two gradients of a layer's matrices are at hand
-        learns = replace(learns, gradients=2 * size * max(setup.matrices.values()))
+    else:  # one gradient of a layer's matrices is at hand
+        learns = replace(learns, gradients=size * max(setup.matrices.values()))
     working = (2 * F + 4 * H) * size
     kept = whole * layer + (layers - whole) * H * size
-    again = layers * H * size + layer if whole < layers else 0
     if not setup.by_hand:
         more = tokens * (working + (layer if whole < layers else 0)) + _mask(setup, load) + logits
         return _at_peak(learns, tokens * kept, logits, more)
-    backward = tokens * (max(kept, again) + working)
-    head = setup.head * size
+    backward, head = _backward(setup, load, choice), setup.head * size
     if choice.optim != "adamw_8bit_in_backward" or load.positions > H:
         if choice.optim == "adamw_8bit_in_backward":  # the head's gradient, from the forward on
             learns = replace(learns, gradients=learns.gradients + head)
@@ -325,6 +333,25 @@ def _full(setup: Setup, load: Load, choice: Choice) -> Parts:
     logits = load.positions * (setup.shape.vocab_size + -setup.shape.vocab_size % 64) * size
     peak = max(backward, head + backward // 2)
     return _at_peak(learns, tokens * kept, logits, max(0, peak - tokens * kept) + logits)
+
+
+def _backward(setup: Setup, load: Load, choice: Choice) -> int:
+    """What layers by hand hold when their backward begins, or where the first of them is computed again."""
+    size, H, F = setup.size, setup.shape.hidden_size, setup.shape.intermediate_size
+    layers, layer = setup.shape.num_hidden_layers, layer_bytes(setup, setup.kernel(load.longest))
+    kept = choice.whole * layer + (layers - choice.whole) * H * size
+    again = layers * H * size + layer if choice.whole < layers else 0
+    return load.tokens * (max(kept, again) + (2 * F + 4 * H) * size)
+
+
+def spare(setup: Setup, load: Load, choice: Choice) -> int:
+    """Bytes beyond the peak that the allocator wants to find under a bound: it counts a block whole that would partly
+    lie in a hole, and while a step is recorded it gives nothing back. The head's gradient inside backward is by far
+    the largest such block: it may come on top of all that layers keep."""
+    if choice.optim != "adamw_8bit_in_backward" or not setup.by_hand or load.positions > setup.shape.hidden_size:
+        return 0
+    head, backward = setup.head * setup.size, _backward(setup, load, choice)
+    return head + backward - max(backward, head + backward // 2)
 
 
 def _forward(setup: Setup, tokens: int) -> int:

@@ -17,10 +17,11 @@ from minitune.model.decoder import Decoder, DecoderConfig
 from minitune.model.quantized import Int4Linear
 from minitune.train import cards, memory, speed
 from minitune.train.cards import Card
-from minitune.train.memory import GIB, Choice, Parts, Setup
+from minitune.train.memory import GIB, Choice, Load, Parts, Setup
 from minitune.train.steps import Walk, walk
 
 CHOICES = ("adamw", "adamw_8bit", "adamw_8bit_in_backward")  # from the most memory to the least
+CHUNKS = (256, 128)  # positions whose logits exist at once, where memory is very short
 SMALLEST = 256  # tokens a pack: smaller ones save nothing
 
 
@@ -41,6 +42,7 @@ class Plan:
     layers: int
     room: int | None
     seconds: float | None  # a step; None where the card is not known
+    spare: int = 0  # see `memory.spare`
 
     @property
     def fits(self) -> bool:
@@ -48,8 +50,8 @@ class Plan:
 
     @property
     def fits_well(self) -> bool:
-        """With room for what the arithmetic does not see: for layers that need not be kept."""
-        return self.room is None or self.parts.total <= 0.98 * self.room
+        """With room for what the arithmetic does not see."""
+        return self.room is None or self.parts.total + self.spare <= 0.98 * self.room
 
     @property
     def run_seconds(self) -> float | None:
@@ -94,22 +96,33 @@ class Planner:
             for pack in self._packs(config):
                 if self.walk(config, pack).load.several and config.optim == "auto" and name == CHOICES[-1]:
                     continue  # it takes steps of one pack
-                least = self._made(config, setup, Choice(name, wholes[-1], pack))
+                least = self._least(config, setup, Choice(name, wholes[-1], pack))
                 if smallest is None or least.parts.total < smallest.parts.total:
                     smallest = least
                 if least.fits:
                     more = (self._made(config, setup, Choice(name, whole, pack)) for whole in wholes)
                     found.append(next((plan for plan in more if self._keeps(config, plan)), least))
-            if found:
-                return min(found, key=lambda plan: plan.seconds or 0.0)
+            if found:  # the largest pack of those that are about as fast as the fastest
+                fastest = min(plan.seconds or 0.0 for plan in found)
+                return next(plan for plan in found if (plan.seconds or 0.0) <= 1.05 * fastest)
         assert smallest is not None
         return smallest
+
+    def _least(self, config: TrainConfig, setup: Setup, choice: Choice) -> Plan:
+        """Its plan; under a bound that is tight, with as few logits at once as it takes."""
+        made = self._made(config, setup, choice)
+        for chunk in CHUNKS if config.memory else ():
+            if not made.fits_well:
+                made = self._made(config, setup, dataclasses.replace(choice, chunk=chunk))
+        return made
 
     def _made(self, config: TrainConfig, setup: Setup, choice: Choice) -> Plan:
         steps = self.walk(config, choice.pack)
         seconds = speed.step_seconds(setup, choice, self.card, steps) if self.card else None
         layers = self.shape.num_hidden_layers
-        return Plan(setup.method, choice, memory.parts(setup, steps.load, choice), steps, layers, self.room, seconds)
+        spare = memory.spare(setup, steps.load, choice) if config.memory else 0
+        parts = memory.parts(setup, steps.load, choice)
+        return Plan(setup.method, choice, parts, steps, layers, self.room, seconds, spare)
 
     def _keeps(self, config: TrainConfig, made: Plan) -> bool:
         """Whether layers may be kept that need not be."""
@@ -141,6 +154,12 @@ class Planner:
         if setup.lora is None and setup.by_hand:
             return list(range(layers, 0, -1))
         return [layers, 1] if layers > 1 else [1]
+
+    def least(self, config: TrainConfig) -> int:
+        """Bytes below which no step of this method is possible, whatever the rows are."""
+        setup, tiny = self.setup(config), Load(128, 64, 128)
+        whole = self._wholes(config, setup)[-1]
+        return min(memory.parts(setup, tiny, Choice(name, whole, 128, 64)).total for name in self._optims(config))
 
     def refused(self, config: TrainConfig, made: Plan) -> UserError:
         """The line about a plan that does not fit, with the nearest setting that does."""

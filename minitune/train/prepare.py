@@ -128,8 +128,14 @@ def equip(
 ) -> tuple[AdamW | AdamW8, TrainStep]:
     """What the decoder learns with: adapters where they are asked for, layers by hand where they serve, optimizer and
     step. choice: what was planned; None: it is planned now."""
+    choice = choice or plan.choose(config, decoder, rows, team.size == 1 and not config.deepspeed)
+    optimizer, step = _equip(config, decoder, team, choice)
+    step.chunk = choice.chunk or step.chunk
+    return optimizer, step
+
+
+def _equip(config: TrainConfig, decoder: Decoder, team: Team, choice: Choice) -> tuple[AdamW | AdamW8, TrainStep]:
     every, alone = config.method == "full", team.size == 1 and not config.deepspeed
-    choice = choice or plan.choose(config, decoder, rows, alone)
     recompute = choice.whole < len(decoder.layers) or config.gradient_checkpointing == "true"
     fast.settle_memory(sparing=recompute)
     if every and alone:

@@ -78,7 +78,7 @@ def _update(setup: Setup, choice: Choice) -> float:
     """Bytes of one update: weights, gradients, moments, read and written, and the gradients' own writing."""
     if setup.lora is not None:
         return 30.0 * setup.adapters
-    each = (8 if setup.size < 4 else 0) + 16 + 14 if choice.optim == "adamw" else 14
+    each = (42 if setup.size < 4 else 32) if choice.optim == "adamw" else 14
     return float(each * setup.parameters)
 
 

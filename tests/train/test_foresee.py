@@ -22,7 +22,7 @@ from minitune.config import TrainConfig, UserError
 from minitune.data.store import EncodedRows
 from minitune.data.template import Encoded
 from minitune.train import across, cards, memory, plan_view, speed
-from minitune.train.foresee import Foretold, foresee
+from minitune.train.foresee import Foretold, foresee, hopeless
 from minitune.train.memory import GIB, MIB
 from minitune.train.parallel import ALONE
 from minitune.train.plan import methods
@@ -272,3 +272,17 @@ def test_the_page_of_cards(shared: Path, tmp_path: Path) -> None:
         text = (ROOT / "docs" / page).read_text(encoding="utf-8").splitlines()
         told = [line for line in text if line.startswith("|")][: len(lines)]
         assert told[2:] == lines[2:] and told[0].count("|") == lines[0].count("|"), page
+
+
+def test_what_is_hopeless_is_not_read(config: TrainConfig, ready: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where not even the smallest step fits, whatever the rows are, the weights are left alone; such a run is refused."""
+    card, shape = FakeCard(monkeypatch, 8), read_config(ready.base)
+    for method in ("lora", "full"):
+        changed = with_(config, method=method, device="auto", dtype="bfloat16")
+        card.total = card.free = 8 * GIB
+        assert not hopeless(changed, ready.base, shape, CARD)
+        card.total = card.free = int(0.8 * memory.CONTEXT_SPARING)
+        assert hopeless(changed, ready.base, shape, CARD)
+        with pytest.raises(UserError, match="take a smaller --model|try "):
+            foresee(changed, ready, CARD, shape, ALONE)
+    assert not hopeless(config, ready.base, shape, torch.device("cpu"))
