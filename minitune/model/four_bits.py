@@ -8,6 +8,7 @@ Legend: O outputs, I inputs, G groups in a row, g weights in a group, C candidat
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ FINE = 8192.0
 SHARE = 64.0
 MAGIC = 12582912.0  # 1.5 · 2^23: added and taken off again, it rounds to the nearest whole number, ties to even
 ROWS = 16  # groups a program
+COMPILING = threading.Lock()  # of the threads that load, the first compiles the kernel, and the others wait
 
 
 def group_of(decoder: Decoder) -> int:
@@ -139,7 +141,8 @@ class Rounding:
         weight_OI = weight_OI.to(self.device).contiguous()
         group = self.shape[1] // self.scale.shape[1]
         if weight_OI.is_cuda and not kernels.why_not(self.device):
-            nearest_by_kernel(weight_OI, group, (self.packed, self.scale))
+            with COMPILING:
+                nearest_by_kernel(weight_OI, group, (self.packed, self.scale))
             return
         packed, scale = nearest(weight_OI, group)
         self.packed.copy_(packed)
