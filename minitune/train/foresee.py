@@ -67,15 +67,17 @@ class Foretold:
     """A run's end, from its first steps. plan: whose prediction stands beside it."""
 
     def __init__(self, total: int, made: Plan | None):
-        self.total, self.plan, self.step_seconds, self.after = total, made, 0.0, 0
+        self.total, self.plan, self.step_seconds = total, made, 0.0
 
     def line(self, done: int, timed: Sequence[tuple[int, float]]) -> str:
         """What to say now, once; "" otherwise. timed: steps and seconds of each log interval so far, pauses left out;
         the first one has what is slow once."""
-        steps, seconds = (sum(column) for column in zip(*timed[1:], strict=True)) if len(timed) > 1 else (0, 0.0)
-        if self.step_seconds or steps < PROBE or done >= self.total:
+        if self.step_seconds or len(timed) < 2 or done >= self.total:
             return ""
-        self.step_seconds, self.after = seconds / steps, done
+        steps, seconds = (sum(column) for column in zip(*timed[1:], strict=True))
+        if steps < PROBE:
+            return ""
+        self.step_seconds = seconds / steps
         end = time.strftime("%H:%M:%S", time.localtime(time.time() + self.step_seconds * (self.total - done)))
         predicted = ""
         if self.plan is not None and self.plan.seconds is not None:

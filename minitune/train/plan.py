@@ -17,7 +17,8 @@ from minitune.model.decoder import Decoder, DecoderConfig
 from minitune.model.quantized import Int4Linear
 from minitune.train import cards, memory, speed
 from minitune.train.cards import Card
-from minitune.train.memory import GIB, Choice, Load, Parts, Setup
+from minitune.train.memory import GIB, Choice, Load, Parts
+from minitune.train.shapes import Setup
 from minitune.train.steps import Walk, walk
 
 CHOICES = ("adamw", "adamw_8bit", "adamw_8bit_in_backward")  # from the most memory to the least
@@ -112,8 +113,9 @@ class Planner:
         """Its plan; under a bound that is tight, with as few logits at once as it takes."""
         made = self._made(config, setup, choice)
         for chunk in CHUNKS if config.memory else ():
-            if not made.fits_well:
-                made = self._made(config, setup, dataclasses.replace(choice, chunk=chunk))
+            fewer = self._made(config, setup, dataclasses.replace(choice, chunk=chunk))
+            if not made.fits_well and fewer.parts.total < made.parts.total:
+                made = fewer
         return made
 
     def _made(self, config: TrainConfig, setup: Setup, choice: Choice) -> Plan:

@@ -128,7 +128,8 @@ def equip(
 ) -> tuple[AdamW | AdamW8, TrainStep]:
     """What the decoder learns with: adapters where they are asked for, layers by hand where they serve, optimizer and
     step. choice: what was planned; None: it is planned now."""
-    choice = choice or plan.choose(config, decoder, rows, team.size == 1 and not config.deepspeed)
+    own = not config.deepspeed and (team.size == 1 or config.method != "full")  # all of the model is in this process
+    choice = choice or plan.choose(config, decoder, rows, own)
     optimizer, step = _equip(config, decoder, team, choice)
     step.chunk = choice.chunk or step.chunk
     return optimizer, step

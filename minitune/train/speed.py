@@ -1,18 +1,20 @@
 """How long a step takes, by arithmetic: multiplications, traffic of everything between them, the optimizer's traffic.
 
-Four numbers are fitted to an H100's measured steps (bench/RESULTS.md); another card's time is predicted with the same
+Five numbers are fitted to an H100's measured steps (bench/RESULTS.md); another card's time is predicted with the same
 shares of what its maker says.
 """
 
 from __future__ import annotations
 
 from minitune.train.cards import Card
-from minitune.train.memory import Choice, Setup
+from minitune.train.memory import Choice
+from minitune.train.shapes import Setup
 from minitune.train.steps import Walk
 
 PRODUCTS = 0.75  # of the card's multiplications a second, in large products
 TRAFFIC = 0.49  # of its bandwidth, in what lies between them
 UPDATE = 0.63  # in the optimizer
+FORMED = 0.8  # where weights of four bits are formed, much of it within the cache
 LAYER = 40e-6  # seconds a layer, forward and backward, beside both
 LAUNCHED = 1e-3  # seconds in which a host launches a layer's work, where no graph is replayed
 PLAIN = 3.0  # times the traffic where layers are not done by hand
@@ -24,7 +26,7 @@ def step_seconds(setup: Setup, choice: Choice, card: Card, walk: Walk) -> float:
     tokens, positions = (float(walk.sizes[:, i].sum()) for i in (0, 1)) if packs else (0.0, 0.0)
     computed = _products(setup, choice, walk.context, tokens, positions) / (PRODUCTS * card.tflops * 1e12)
     layers = setup.shape.num_hidden_layers
-    moved = _traffic(setup, choice) * tokens + _weights_traffic(setup, choice) * packs
+    moved = _traffic(setup, choice) * tokens + _weights_traffic(setup, choice) * packs * TRAFFIC / FORMED
     if setup.lora is None:  # a step's gradients are added up, pack by pack
         moved += 2 * setup.size * setup.parameters * max(0, packs - walk.walked)
     between = moved / (TRAFFIC * card.bandwidth * 1e9)

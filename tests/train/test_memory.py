@@ -19,8 +19,9 @@ from minitune.model.attention import PackedLayout
 from minitune.model.decoder import DecoderConfig
 from minitune.model.lora import Dropout, LoraConfig, attach
 from minitune.train import cards, memory
-from minitune.train.memory import GIB, Choice, Setup
+from minitune.train.memory import GIB, Choice
 from minitune.train.plan import CHOICES, Plan, Planner, planner_for
+from minitune.train.shapes import Setup
 
 MINICPM_2B = DecoderConfig(122753, 2304, 5760, 40, 36, 36, 64)
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "RESULTS.md"
@@ -37,6 +38,9 @@ MEASURED: list[tuple[dict[str, Any], int, float, float, float, str]] = [
     ({"optim": "adamw_8bit"}, 34, 16.95, 17.64, 44.7, "adamw_8bit, 34 kept, exact global norm (the second)"),
     ({"optim": EIGHT, "tokens_per_step": 8192}, 1, 13.10, 13.87, 318, f"{EIGHT}, 8,156 tokens, 1 kept"),
     ({"optim": EIGHT, "tokens_per_step": 8192}, 40, 27.05, 27.87, 251, "the same, 40 kept |"),
+    ({"method": "qlora"}, 1, 2.375, 3.11, 30.7, ""),
+    ({"optim": EIGHT}, 12, 11.596, 12.34, 45.3, ""),
+    ({"optim": EIGHT, "tokens_per_step": 8192}, 40, 27.03, 27.84, 247, ""),
     ({"optim": "adamw"}, 40, 50.89, 51.66, 78.3, ""),  # the same day, by the same script
     ({"optim": "adamw_8bit", "tokens_per_step": 8192}, 40, 31.48, 32.23, 253, ""),
 ]
@@ -62,12 +66,10 @@ def test_the_figures_of_a_card(real: EncodedRows, case: tuple[dict[str, Any], in
         (line,) = [row for row in RESULTS.read_text(encoding="utf-8").splitlines() if row.startswith(f"| {source}")]
         figures = re.findall(r"(?<=\| )[\d.]+(?= \|)", line.replace("*", "").replace(",", ""))
         assert {reserved, driver, milliseconds} <= set(map(float, figures))
-    full = "optim" in settings
+    settings = {"method": "full" if "optim" in settings else "lora"} | settings
     pack = max(8192, settings.get("tokens_per_step", 0))
     steps = {} if "tokens_per_step" in settings else {"max_steps": 60}
-    config = TrainConfig(
-        method="full" if full else "lora", seed=1, tokens_per_pack=pack, num_train_epochs=1, **steps, **settings
-    )
+    config = TrainConfig(seed=1, tokens_per_pack=pack, num_train_epochs=1, **steps, **settings)
     planner = on_h100(config, real)
     made = planner._made(config, planner.setup(config), Choice(settings.get("optim", "adamw"), whole, pack))
     assert made.parts.reserved / GIB == pytest.approx(reserved, rel=0.05)
