@@ -41,8 +41,8 @@ def minitune_side(arguments: argparse.Namespace, dtype: str) -> dict:
     from minitune.config import TrainConfig
     from minitune.model.lora import LoraConfig, attach
     from minitune.train.optim import AdamW, learning_rate_at
-    from minitune.train.prepare import make_loader
     from minitune.train.step import TrainStep, held_out_loss
+    from minitune.train.steps import make_loader
 
     learn, held_out, base = rows_of(arguments)
     config = TrainConfig(model="smollm2", data=str(arguments.data), output="-", num_train_epochs=1)

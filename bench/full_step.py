@@ -9,7 +9,7 @@ as in lora_step.py. The rate is 1e-5; losses of the first step agree between the
 
 adamw                   float32 masters and moments, by torch
 adamw_8bit              moments of 8 bits, a gradient buffer in bf16, the exact global norm
-adamw_8bit_in_backward  the same inside backward: no gradient buffer, a norm a tensor
+adamw_8bit_in_backward  the same inside backward: no gradient buffer, each clipped by itself
 plain                   minitune's plain layers and step with adamw, captured
 """
 
@@ -32,7 +32,7 @@ def side_of(arguments: argparse.Namespace, optim: str) -> dict[str, Any]:
     from minitune.data.template import Encoded
     from minitune.train import fast
     from minitune.train.full import equip
-    from minitune.train.prepare import make_loader
+    from minitune.train.steps import make_loader
 
     began = time.perf_counter()
     fast.settle_memory(sparing=arguments.whole < arguments.layers)
@@ -42,7 +42,9 @@ def side_of(arguments: argparse.Namespace, optim: str) -> dict[str, Any]:
         tokens_per_pack=max(8192, arguments.tokens), seed=1, gradient_checkpointing="false",
     )  # fmt: skip
     rows = EncodedRows.of([Encoded(ids, labels) for ids, labels in rows_of(arguments)])
-    _, plain = equip(config, decoder, arguments.whole, by_hand=optim != "plain", beside=not arguments.alone)
+    _, plain = equip(config, decoder, arguments.whole, by_hand=optim != "plain")
+    if arguments.alone and plain.stack is not None:
+        plain.stack.beside.stream = None
     loader = make_loader(config, rows, decoder.device)
     per_epoch = [len(loader.steps(0))]
     count = min(arguments.steps, per_epoch[0])
@@ -58,7 +60,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--tokens", default="0", help="tokens a step instead of 16 rows (0), commas between several")
     parser.add_argument("--whole", default="40", help="layers that keep their activations, commas between several")
-    parser.add_argument("--alone", action="store_true", help="updates inside backward on the one stream")
+    parser.add_argument("--alone", action="store_true", help="weights' gradients and updates on the one stream")
     parser.add_argument("--vocab", type=int, default=122753)
     parser.add_argument("--layers", type=int, default=40)
     parser.add_argument("--lengths", default=str(LENGTHS))

@@ -7,7 +7,8 @@ same held-out rows (a twentieth) for all. A seed decides the order of the rows a
 held-out loss at the end (mean, and lowest to highest), and that of the first steps' log. DIR/learn8.png: the curves;
 DIR/learn8.json: every number.
 
-adamw                   moments and masters of 32 bits
+adamw                   moments and masters of 32 bits, computed with bfloat16 weights that are rounded to the nearest
+float32                 the same with weights and all else in float32: what bits cost at all
 adamw_8bit              moments of 8 bits, weights rounded stochastically
 adamw_8bit_in_backward  the same inside backward
 nearest                 adamw_8bit with weights rounded to the nearest bfloat16: why the rounding is there
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-SIDES = ("adamw", "adamw_8bit", "adamw_8bit_in_backward", "nearest")
+SIDES = ("adamw", "float32", "adamw_8bit", "adamw_8bit_in_backward", "nearest")
 
 
 @contextmanager
@@ -75,10 +76,11 @@ def one(arguments: argparse.Namespace, side: str, seed: int, model: str, files: 
     from minitune import TrainConfig, train
 
     output = arguments.output / "runs" / f"{side}-{seed}"
+    optim = {"nearest": "adamw_8bit", "float32": "adamw"}.get(side, side)
     config = TrainConfig(
         model=model, data=str(files[0]), eval_data=str(files[1]), output=str(output), method="full", seed=seed,
-        optim="adamw_8bit" if side == "nearest" else side, learning_rate=arguments.rate, max_steps=arguments.steps,
-        eval_steps=arguments.every, save_steps=10**6, dtype=arguments.dtype,
+        optim=optim, learning_rate=arguments.rate, max_steps=arguments.steps, eval_steps=arguments.every,  # type: ignore[arg-type]
+        save_steps=10**6, dtype="float32" if side == "float32" else arguments.dtype,
     )  # fmt: skip
     began = time.perf_counter()
     if side == "nearest":

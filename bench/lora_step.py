@@ -121,7 +121,8 @@ def our_side(arguments: argparse.Namespace, side: str) -> dict[str, Any]:
     from minitune.data.store import EncodedRows
     from minitune.data.template import Encoded
     from minitune.train import fast
-    from minitune.train.prepare import equip, make_loader
+    from minitune.train.prepare import equip
+    from minitune.train.steps import make_loader
 
     began = time.perf_counter()
     four, recompute = side == "qlora", side in ("recomputed", "qlora")

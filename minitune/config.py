@@ -9,6 +9,7 @@ from minitune.settings import (
     ALIASES,
     UserError,
     build,
+    bytes_of,
     canonical,
     files_of,
     flat_fields,
@@ -27,6 +28,7 @@ __all__ = [
     "TrainConfig",
     "UserError",
     "build",
+    "bytes_of",
     "canonical",
     "files_of",
     "flat_fields",
@@ -120,8 +122,8 @@ class TrainConfig:
     )
     optim: Literal["auto", "adamw", "adamw_8bit", "adamw_8bit_in_backward"] = setting(
         "auto",
-        "--method full: bits of AdamW's moments, 32 or 8; in_backward: no gradient is kept, each is clipped by its own "
-        "norm; auto: the first that fits",
+        "--method full: bits of AdamW's moments, 32 or 8; in_backward: no gradient is kept, each is clipped by itself, "
+        "to its share; auto: the first that fits",
         group="optimisation",
     )
     seed: int = setting(
@@ -141,6 +143,9 @@ class TrainConfig:
     device: str = setting("auto", "cuda where there is a card, else cpu", group="hardware")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "of the computation; auto: bfloat16 where the hardware multiplies it", group="hardware"
+    )
+    memory: str = setting(
+        "", "a bound for the whole process on the card, such as 8GiB; what fits is chosen, and held", group="hardware"
     )
     gradient_checkpointing: Literal["auto", "true", "false"] = setting(
         "auto", "recompute activations in backward: a third more time for much less memory", group="hardware"

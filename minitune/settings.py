@@ -208,3 +208,17 @@ def written_by(path: str | Path) -> str:
     except (OSError, UnicodeDecodeError):
         return ""
     return found[1] if found else ""
+
+
+def bytes_of(text: str) -> int:
+    """8GiB, 8GB, 6.5 GiB or a number of bytes; 0 for nothing. UserError for anything else."""
+    if not text:
+        return 0
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgt]?)(i?)b?)?\s*", text, re.IGNORECASE)
+    size = 0.0
+    if found:
+        power = " kmgt".index(found[2].lower() or " ") if found[2] is not None else 0
+        size = float(found[1]) * (1024 if found[3] else 1000) ** power
+    if size < 2**28:
+        raise UserError(f"memory is {text!r}; it takes a size such as 8GiB, 24GB or 6.5GiB")
+    return int(size)

@@ -16,8 +16,8 @@ from minitune.export import export
 from minitune.infer.engine import Engine, answer_all
 from minitune.infer.request import Request
 from minitune.infer.sampling import Sampling
-from minitune.train.prepare import make_loader
 from minitune.train.step import held_out_loss
+from minitune.train.steps import make_loader
 
 ROWS, HELD = 256, 16
 

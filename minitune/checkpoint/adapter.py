@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitune.checkpoint.weights import read_json, save_tensors
+from minitune.checkpoint.weights import read_json
+from minitune.checkpoint.writing import save_tensors
 from minitune.config import UserError
 from minitune.model.decoder import Decoder
 from minitune.model.four_bits import SEARCH

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from minitune.checkpoint.weights import hub_tensors, read_json, write_safetensors
+from minitune.checkpoint.weights import hub_tensors, read_json
+from minitune.checkpoint.writing import write_safetensors
 from minitune.config import UserError
 from minitune.model.decoder import Decoder
 
@@ -50,6 +51,7 @@ def moved_into(folder: Path) -> Iterator[Path]:
         yield part
         for file in sorted(part.iterdir()):
             os.replace(file, folder / file.name)
+            file.unlink(missing_ok=True)  # two links to one file: POSIX leaves both where they are
         part.rmdir()
 
 

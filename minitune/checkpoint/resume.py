@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
-from minitune.checkpoint import adapter
+from minitune.checkpoint import adapter, filling
 from minitune.checkpoint.folder import whole
 from minitune.checkpoint.shards import Shards
 from minitune.checkpoint.weights import hub_parameters
+from minitune.checkpoint.writing import write_safetensors
 from minitune.config import UserError
 from minitune.model.decoder import Decoder
 
 STATE = "training_state.pt"
+LARGE = "training_tensors"  # what of the state is large, in files that are quickly written and read
+LEAST = 1 << 20  # bytes from which a tensor is large
 NEWEST = ("auto", "true")  # what --resume says without a folder
 
 
@@ -36,7 +41,11 @@ def saved(output: Path, step: int, state: dict[str, Any], keep: int, best: int =
     checkpoint-`best`, however old."""
     with whole(output / f"checkpoint-{step}") as part:
         yield part
-        torch.save(state, part / STATE)
+        large: dict[str, Tensor] = {}
+        small = _apart(state, large)
+        if large:
+            write_safetensors(part / LARGE, large.items())
+        torch.save(small, part / STATE)
     left_by_a_kill = output.glob(".checkpoint-*")
     for old in [*checkpoints(output)[: -max(1, keep)], *left_by_a_kill]:
         if old.name != f"checkpoint-{best}":
@@ -57,14 +66,54 @@ def find(resume: str) -> Path:
     return found
 
 
+def _apart(value: Any, large: dict[str, Tensor]) -> Any:
+    """The value with its large tensors moved into `large`, their names in their places."""
+    if isinstance(value, Tensor) and value.numel() * value.element_size() >= LEAST:
+        large[name := f"{LARGE}.{len(large)}"] = value
+        return name
+    if isinstance(value, dict):
+        return {key: _apart(one, large) for key, one in value.items()}
+    return [_apart(one, large) for one in value] if isinstance(value, list) else value
+
+
+def _together(value: Any, large: dict[str, Tensor]) -> Any:
+    if isinstance(value, str):
+        return large.get(value, value)
+    if isinstance(value, dict):
+        return {key: _together(one, large) for key, one in value.items()}
+    return [_together(one, large) for one in value] if isinstance(value, list) else value
+
+
 def read_state(folder: Path) -> dict[str, Any]:
-    """What `saved` was given."""
+    """What `saved` was given, on the CPU."""
     try:
         state: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
         raise UserError(f"{folder / STATE}: damaged ({reason}); use an older one") from None
-    return state
+    if not (folder / LARGE).is_dir():
+        return state
+    try:
+        with Shards(folder / LARGE) as files:
+            places = [(entry, torch.empty(entry.shape, dtype=entry.dtype)) for entry in files.entries()]
+            filling.fill(places)
+    except UserError:
+        raise UserError(f"{folder / LARGE}: damaged; use an older one") from None
+    return cast(dict[str, Any], _together(state, {entry.name: tensor for entry, tensor in places}))
+
+
+def linked(checkpoint: Path, folder: Path) -> bool:
+    """Puts what was learned, as `checkpoint` has it, into `folder`: weights that take no further room on the disk,
+    where its file system has links. False where there is no such checkpoint."""
+    if not (checkpoint / STATE).is_file():
+        return False
+    for file in checkpoint.iterdir():
+        if file.is_file() and file.name not in (STATE, "run.yaml"):
+            try:
+                (os.link if file.suffix == ".safetensors" else shutil.copyfile)(file, folder / file.name)
+            except OSError:
+                shutil.copyfile(file, folder / file.name)
+    return True
 
 
 @torch.no_grad()

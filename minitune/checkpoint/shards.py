@@ -128,16 +128,24 @@ class Shards:
 
     def entry(self, name: str, shape: torch.Size) -> filling.Entry | None:
         """Where the tensor lies in its file; None where that takes `get` (.bin, GGUF, a rare dtype)."""
+        found = self._entry(name)
+        if found is not None:
+            self._same_shape(name, found.shape, shape)
+        return found
+
+    def _entry(self, name: str) -> filling.Entry | None:
         path = self.where[name]
         if path.suffix != ".safetensors":
             return None
         if path not in self._entries:
             self._handle(path)  # checks the header
             self._entries[path] = filling.entries(path)
-        found = self._entries[path].get(name)
-        if found is not None:
-            self._same_shape(name, found.shape, shape)
-        return found
+        return self._entries[path].get(name)
+
+    def entries(self) -> list[filling.Entry]:
+        """Every tensor's place, of .safetensors files without scalars."""
+        found = [self._entry(name) for name in self.where]
+        return [entry for entry in found if entry is not None]
 
     def _same_shape(self, name: str, have: torch.Size, want: torch.Size) -> None:
         if have != want:

@@ -5,9 +5,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -202,52 +201,6 @@ def load_model(
     if adapter is not None:
         adapters.load_adapter(decoder, adapter)
     return decoder
-
-
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """One safetensors file, with its folder's permissions: the library makes it readable by its owner alone."""
-    from safetensors.torch import save_file
-
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(path.parent.stat().st_mode & 0o666)
-
-
-def write_safetensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = 1 << 30) -> None:
-    """Writes a stream of (hub name, tensor) as one file, or as shards with an index; holds one shard at a time."""
-    folder.mkdir(parents=True, exist_ok=True)
-    held: dict[str, Tensor] = {}
-    parts: list[tuple[Path, list[str]]] = []
-    size = total = 0
-
-    def flush() -> None:
-        nonlocal held, size
-        part = folder / f"part-{len(parts)}.safetensors"
-        save_tensors(held, part)
-        parts.append((part, list(held)))
-        held, size = {}, 0
-
-    for name, tensor in tensors:
-        plain = tensor.detach().to("cpu").contiguous()
-        bytes_ = plain.numel() * plain.element_size()
-        if held and size + bytes_ > max_shard_bytes:
-            flush()
-        held[name] = plain
-        size, total = size + bytes_, total + bytes_
-    if held:
-        flush()
-    # an older model's files would be read in place of these, by us or by others
-    for old in (*folder.glob("model-*-of-*.safetensors"), *folder.glob("model.safetensors*")):
-        old.unlink()
-    if len(parts) == 1:
-        parts[0][0].replace(folder / "model.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for i, (part, names) in enumerate(parts):
-        file = f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
-        part.replace(folder / file)
-        weight_map.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
 def hub_tensors(decoder: Decoder, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:

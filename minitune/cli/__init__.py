@@ -16,6 +16,7 @@ from minitune.cli.data import call_data, declare_data
 from minitune.cli.evaluate import call_evaluate, declare_evaluate
 from minitune.cli.export import call_export, declare_export
 from minitune.cli.parser import Help, Parser, hyphens
+from minitune.cli.plan import call_plan, declare_plan
 from minitune.cli.start import call_demo, call_download, declare_demo, declare_download
 from minitune.cli.talk import call_chat, call_serve, declare_chat, declare_serve
 from minitune.cli.train import call_train, declare_train
@@ -119,6 +120,7 @@ COMMANDS: dict[str, Command] = {
     "demo": ("the whole story in minutes, on any machine", declare_demo, call_demo),
     "download": ("a model from ModelScope or Hugging Face", declare_download, call_download),
     "data": ("look at conversations before training on them", declare_data, call_data),
+    "plan": ("will it fit, and how long will it take", declare_plan, call_plan),
     "train": ("train LoRA or every parameter", declare_train, call_train),
     "evaluate": ("what a model can do before and after", declare_evaluate, call_evaluate),
     "chat": ("talk to a model", declare_chat, call_chat),

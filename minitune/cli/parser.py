@@ -129,7 +129,7 @@ def metavar(name: str, kind: Any) -> str:
 
 NOUNS = {"model": "MODEL", "data": "FILE", "eval_data": "FILE", "output": "DIR", "resume": "DIR", "device": "DEVICE"}
 NOUNS |= {"watch": "FILE", "general": "FILE", "train_data": "FILE", "html": "FILE"}
-NOUNS |= {"adapter": "DIR", "task_path": "DIR"}
+NOUNS |= {"adapter": "DIR", "task_path": "DIR", "memory": "SIZE"}
 
 
 def shown_default(setting: Any) -> str:

@@ -52,7 +52,7 @@ def call_preview(config: TrainConfig, values: dict[str, Any]) -> int:
         from minitune.checkpoint.weights import choose_device
         from minitune.data import dataset, preview_packs
         from minitune.train.checks import check_settings
-        from minitune.train.prepare import make_loader
+        from minitune.train.steps import make_loader
 
         check_settings(dataclasses.replace(config, output="-"))
         learn = dataset.split(data, config.eval_fraction, config.seed)[0] if config.eval_fraction else data.rows

@@ -144,23 +144,33 @@ class Loader:
 
     def batch(self, epoch: int, step: int) -> StepBatch:
         """One step's tensors, on the host."""
+        if self.ranks > 1:
+            return self._share(epoch, step)
         rows = self.steps(epoch)[step]
         lengths = dict(zip(rows, self.lengths[rows].tolist(), strict=True))
-        if self.ranks > 1:
-            return self._share(rows, lengths)
         packs = packing.packs(rows, lengths, self.tokens_per_pack)
         return StepBatch([make_pack(self.rows.select(p), p, self.pin) for p in packs], len(rows))
 
-    def _share(self, rows: list[int], lengths: dict[int, int]) -> StepBatch:
+    def plans(self, epoch: int, step: int) -> list[list[list[int]]]:
+        """The rows of each pack of each process. Where the step fits one pack a process, a share that is a little
+        longer than its half, say, is one pack too."""
+        rows = self.steps(epoch)[step]
+        lengths = dict(zip(rows, self.lengths[rows].tolist(), strict=True))
+        room = self.tokens_per_pack
+        if sum(lengths.values()) <= self.ranks * room:
+            room += room // 64
+        shares = packing.deal(rows, lengths, self.ranks)
+        return [packing.packs(share, lengths, room) if share else [] for share in shares]
+
+    def _share(self, epoch: int, step: int) -> StepBatch:
         """This process's packs of a step. All processes have equally many, since sharded weights are gathered for each:
         where rows are short of that, a pack is one token that counts for nothing."""
-        shares = packing.deal(rows, lengths, self.ranks)
-        plans = [packing.packs(share, lengths, self.tokens_per_pack) if share else [] for share in shares]
+        rows, plans = self.steps(epoch)[step], self.plans(epoch, step)
         made = [make_pack(self.rows.select(p), p, self.pin) for p in plans[self.rank]]
         if spare := max(map(len, plans)) - len(made):
             token = self.rows[rows[0]].input_ids[:1]
             made += [make_pack([Encoded(token, [IGNORED])], [0], self.pin)] * spare
-        return StepBatch(made, len(rows), (int(self.rows.supervised[rows].sum()), sum(lengths.values())))
+        return StepBatch(made, len(rows), (int(self.rows.supervised[rows].sum()), int(self.lengths[rows].sum())))
 
     def batches(self, epoch: int = 0) -> Iterator[StepBatch]:
         """All steps of an epoch, in order."""

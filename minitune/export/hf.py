@@ -18,7 +18,8 @@ from torch import Tensor
 
 from minitune.checkpoint.convert import hub_config
 from minitune.checkpoint.folder import TOKENIZER_FILES
-from minitune.checkpoint.weights import DTYPES, read_json, write_safetensors
+from minitune.checkpoint.weights import DTYPES, read_json
+from minitune.checkpoint.writing import write_safetensors
 from minitune.export.report import Report
 from minitune.export.source import Source
 from minitune.model import quantized

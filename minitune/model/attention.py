@@ -24,11 +24,18 @@ Kernel = Literal["short", "varlen", "documents", "masked"]
 
 def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int = 0, longest: int = 0) -> Kernel:
     """The fastest way that exists for this device, dtype, head width and longest document (0: not known)."""
-    if device.type == "cpu":
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    return kernel_of(capability, kernels.AVAILABLE, dtype, head_dim, longest)
+
+
+def kernel_of(
+    capability: tuple[int, int], triton: bool, dtype: torch.dtype, head_dim: int = 0, longest: int = 0
+) -> Kernel:
+    """The same for a card of this compute capability, (0, 0) for a CPU; triton: whether kernels of ours can run."""
+    if capability == (0, 0):
         return "documents"
-    flash = dtype in (torch.bfloat16, torch.float16)
-    if flash and kernels.ampere(device):
-        short = kernels.AVAILABLE and head_dim in (32, 64, 128) and 0 < longest <= attention_kernels.LONGEST
+    if dtype in (torch.bfloat16, torch.float16) and capability[0] >= 8:
+        short = triton and head_dim in (32, 64, 128) and 0 < longest <= attention_kernels.LONGEST
         return "short" if short else "varlen"
     return "masked"
 

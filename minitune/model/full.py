@@ -2,7 +2,8 @@
 
 `FullStack(decoder, whole)` uses the forward of `model.fused`, here without adapters. Backward goes layer by layer, and
 each weight's gradient is one multiplication into a place that a `Sink` names: a buffer of all gradients, or a scratch
-that is used up at once (the optimizer stepped inside backward). A layer that is kept whole keeps q|k|v, what attention
+that is used up at once (the optimizer stepped inside backward). On a card that happens on a second stream, beside the
+chain of gradients that the next layer waits for. A layer that is kept whole keeps q|k|v, what attention
 gave, gate|up and two hidden states; another one its input alone, and the rest is computed again. The norms' results
 are always computed again: they cost a pass over a hidden state.
 
@@ -24,9 +25,9 @@ from torch import Tensor
 
 from minitune.model import fused, kernels
 from minitune.model.decoder import Decoder, RMSNorm
-from minitune.model.full_kernels import SPANS, add_rows, norm_weight
+from minitune.model.full_kernels import PROGRAMS, add_rows, norm_back
 from minitune.model.fused import Context, FusedStack
-from minitune.model.fused_ops import Counts, Slot, norm_back, norm_in, silu_mul, silu_mul_back
+from minitune.model.fused_ops import Beside, Counts, Slot, norm_in, silu_mul, silu_mul_back
 
 
 class Sink(Protocol):
@@ -36,7 +37,8 @@ class Sink(Protocol):
 
     def place(self, index: int) -> tuple[Tensor, float]:
         """Where the gradient of a matrix is to be written (its shape), and by what that which lies there is multiplied
-        first: 0 (whatever it is) or 1. The place is the same until `ready`."""
+        first: 0 (whatever it is) or 1. The place is the same until `ready`. Both are called under the stream that
+        writes; a layer's matrices have one stream, each is done with before the next."""
         ...
 
     def ready(self, index: int) -> None:
@@ -49,8 +51,8 @@ class Kept(NamedTuple):
 
     x1: Tensor
     x2: Tensor | None = None
-    attention: tuple[Any, ...] = ()
-    gate_up: Tensor | None = None
+    attention: tuple[Any, ...] = ()  # 1/rms of x1, q|k|v, state, result
+    mlp: tuple[Any, ...] = ()  # 1/rms of x2, gate|up
 
 
 @dataclass
@@ -77,8 +79,8 @@ class FullStack(FusedStack):
     """See the module. `whole`: how many layers, from the last, keep all that their backward needs.
 
     matrices: the embedding; q|k|v, o, gate|up and down of each layer; the head where it has a matrix of its own: the
-    decoder's parameters in their order, less the norms. norm_grad: float32, the gradient of all norms' weights, two of
-    each layer and the last. Parameters must stay where they are.
+    decoder's parameters in their order, less the norms. norm_grad: float32, to which the gradient of all norms' weights
+    is added, two of each layer and the last. Parameters must stay where they are.
     """
 
     def __init__(self, decoder: Decoder, whole: int):
@@ -94,8 +96,9 @@ class FullStack(FusedStack):
         self.tied = decoder.lm_head is None
         self.matrices = [p for p in decoder.parameters() if p.ndim > 1]
         size = (2 * len(self.slots) + 1) * decoder.config.hidden_size
-        self.parts_SX = torch.zeros(SPANS, size, dtype=torch.float32, device=decoder.device)
+        self.beside = Beside(decoder.device)
         self.norm_grad = torch.zeros(size, dtype=torch.float32, device=decoder.device)
+        self.parts_PH = self.norm_grad.new_zeros(PROGRAMS, decoder.config.hidden_size)
 
     @property
     def head_WH(self) -> Tensor:
@@ -161,26 +164,25 @@ class FullStack(FusedStack):
                 place[some].addmm_(d_logits_PW[:, some].t(), h_PH, beta=beta)
 
     def layer_forward(self, i: int, x: Tensor, y: Tensor | None, ctx: Context) -> tuple[Tensor, Tensor, Kept]:  # type: ignore[override]
-        x1, (_, _, qkv, state, out), _ = self.attention(i, x, y, ctx)
-        x2, (_, _, gate_up) = self.mlp(i, x1, self.slots[i]["attn.o"].forward(out), ctx)
+        x1, (rstd, _, *attention), _ = self.attention(i, x, y, ctx)
+        x2, (second, _, gate_up) = self.mlp(i, x1, self.slots[i]["attn.o"].forward(attention[-1]), ctx)
         y = self.slots[i]["mlp.down"].forward(silu_mul(gate_up, self.slots[i]["mlp.down"]))
-        return x2, y, Kept(x1, x2, (qkv, state, out), gate_up) if self.whole(i) else Kept(x1)
+        return x2, y, Kept(x1, x2, (rstd, *attention), (second, gate_up)) if self.whole(i) else Kept(x1)
 
     # Backward
 
     @torch.no_grad()
     def backward(self, tape: Tape, sink: Sink) -> None:
-        """Every gradient, from the head down. The norms' are added to `parts_SX`; see `join_norms`."""
-        decoder, last = self.decoder, self.slots[0]["attn.qkv"]
-        top, width = len(self.slots), decoder.config.hidden_size
-        norm_weight(tape.d_PH, tape.x_PH, tape.rstd_P, self.parts_SX[:, 2 * top * width :])
+        """Every gradient, from the head down."""
+        decoder, top, width = self.decoder, len(self.slots), self.decoder.config.hidden_size
         d_PH = torch.zeros_like(tape.d_PH)
-        norm_back(d_PH, tape.d_PH, last, None, tape.x_PH, tape.rstd_P, decoder.norm, None)
+        self._norm(2 * top, d_PH, tape.d_PH, tape.x_PH, tape.rstd_P, decoder.norm)
         d = d_PH.new_zeros(tape.ids_T.shape[0], width)
         d.index_add_(0, tape.predict_P, d_PH)  # a position that comes twice is padding, of zeros
         del d_PH
         for i in reversed(range(top)):
             self.layer_gradients(i, d, tape.kept.pop(), tape.ctx, sink)
+        self.beside.join()
         if tape.d_logits_PW is not None:
             self._add_head(tape.d_logits_PW, tape.h_PH, sink, None)
             tape.d_logits_PW = None
@@ -196,45 +198,49 @@ class FullStack(FusedStack):
         """d, the gradient of the layer's result, becomes that of its input."""
         slots, layer, m = self.slots[i], self.layer(i), self.gain
         qkv_, o_, gate_up_, down_ = (slots[kind] for kind in Slot.KINDS)
-        x1, x2, attention, gate_up = kept
+        x1, x2, attention, mlp = kept
         del kept
-        if x2 is None or gate_up is None:
-            _, (_, _, *attention), _ = self.attention(i, x1, None, ctx)  # type: ignore[assignment]
-            x2, (_, _, gate_up) = self.mlp(i, x1, o_.forward(attention[-1]), ctx)
+        if x2 is None:
+            _, (rstd, _, *rest), _ = self.attention(i, x1, None, ctx)
+            x2, (second, _, gate_up) = self.mlp(i, x1, o_.forward(rest[-1]), ctx)
+            attention, mlp = (rstd, *rest), (second, gate_up)
+            del rest
 
-        d_act = torch.mm(d, down_.wide)
-        self._weight(4 * i + 4, d, silu_mul(gate_up, down_), m, sink)
-        silu_mul_back(gate_up, d_act, down_, None, m, along=False)  # gate_up holds its gradient now
-        del d_act
+        rstd, gate_up = mlp
+        act = torch.mm(d, down_.wide)
+        silu_mul_back(gate_up, act, down_, None, m, along=False, again=True)  # gate_up holds its gradient now
+        self._weight(4 * i + 4, d, act, m, sink)
         d_n = torch.mm(gate_up, gate_up_.wide)
-        _, n, rstd = norm_in(x2, None, m, layer.mlp_norm, gate_up_)
-        self._weight(4 * i + 3, gate_up, n, 1.0, sink)
-        del gate_up, n
+        self._weight(4 * i + 3, gate_up, x2, 1.0, sink, layer.mlp_norm)
+        del act, gate_up, mlp
+        self.beside.join(but=3)  # d is about to change, which the weight before this one was multiplied by
         self._norm(2 * i + 1, d, d_n, x2, rstd, layer.mlp_norm)
 
-        qkv, state, out = attention
+        rstd, qkv, state, out = attention
         d_out = torch.mm(d, o_.wide)
         self._weight(4 * i + 2, d, out, m, sink)
         d_qkv = self.attention_backward(i, d_out, qkv, state, out, ctx)
         del d_out, qkv, state, out, attention
         d_n = torch.mm(d_qkv, qkv_.wide)
-        _, n, rstd = norm_in(x1, None, m, layer.attn_norm, qkv_)
-        self._weight(4 * i + 1, d_qkv, n, 1.0, sink)
+        self._weight(4 * i + 1, d_qkv, x1, 1.0, sink, layer.attn_norm)
+        del d_qkv
+        self.beside.join(but=3)
         self._norm(2 * i, d, d_n, x1, rstd, layer.attn_norm)
 
-    def _weight(self, index: int, dy_TY: Tensor, x_TX: Tensor, gain: float, sink: Sink) -> None:
-        """gain · dyᵀ x, to where the sink wants it."""
-        place, beta = sink.place(index)
-        place.addmm_(dy_TY.t(), x_TX, beta=beta, alpha=gain)
-        sink.ready(index)
+    def _weight(
+        self, index: int, dy_TY: Tensor, x_TX: Tensor, gain: float, sink: Sink, norm: RMSNorm | None = None
+    ) -> None:
+        """gain · dyᵀ x, to where the sink wants it, on the second stream; with norm, the norm of x. What the sink then
+        does is a piece by itself, which no longer needs dy and x."""
+        with self.beside(dy_TY, x_TX):
+            if norm is not None:
+                x_TX = norm_in(x_TX, None, gain, norm, self.slots[0]["attn.qkv"])[1]
+            place, beta = sink.place(index)
+            place.addmm_(dy_TY.t(), x_TX, beta=beta, alpha=gain)
+        with self.beside():
+            sink.ready(index)
 
     def _norm(self, index: int, d: Tensor, dy: Tensor, x: Tensor, rstd: Tensor, norm: RMSNorm) -> None:
         """The gradients of a norm's weight and of its input, which is added to d."""
-        width = d.shape[1]
-        norm_weight(dy, x, rstd, self.parts_SX[:, index * width : (index + 1) * width])
-        norm_back(d, dy, self.slots[0]["attn.qkv"], None, x, rstd, norm, None)
-
-    def join_norms(self) -> None:
-        """`norm_grad` becomes the gradient of all passes since the last call."""
-        torch.sum(self.parts_SX, 0, out=self.norm_grad)
-        self.parts_SX.zero_()
+        grad = self.norm_grad[index * d.shape[1] :][: d.shape[1]]
+        norm_back(d, dy, x, rstd, norm.weight, self.parts_PH, grad)

@@ -45,6 +45,7 @@ from minitune.model.quantized import GROUPS, Int4Linear
 from minitune.model.rope import rotate
 
 WIDEST = 256  # rows of A that the kernels' tiles hold: more would not fit the memory of a processor
+HEADS = (16, 32, 64, 128, 256)  # widths of a head that the kernels' tiles hold
 STRIP = 64  # strips are multiples of this: rows stay aligned for the matrix units
 
 
@@ -59,7 +60,7 @@ def why_not(decoder: Decoder, adapters: bool = True) -> str:
         return reason
     if adapters and decoder.lora_config is None:
         return "no adapter learns"
-    if decoder.config.head_dim not in (16, 32, 64, 128, 256):
+    if decoder.config.head_dim not in HEADS:
         return f"heads of {decoder.config.head_dim} are no power of two"
     for kind in Slot.KINDS:
         linears = decoder.of_kind(kind)

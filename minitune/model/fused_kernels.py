@@ -218,10 +218,11 @@ if AVAILABLE:
     def _silu_mul_back(
         gu_ptr, dx_ptr, along_ptr, a_ptr, drop_ptr, site_ptr, s, gain, tokens,
         F: tl.constexpr, R: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, DROP: tl.constexpr, ALONG: tl.constexpr,
-        BT: tl.constexpr, BH: tl.constexpr,
+        AGAIN: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
     ):  # fmt: skip
         """gate|up becomes gain · its gradient, in place; dx [T, F + R] is the gradient behind silu(gate) · up.
-        With ALONG, along [F / BH, T]: shares of Σ of both, see `_norm_back`."""
+        With ALONG, along [F / BH, T]: shares of Σ of both, see `_norm_back`. With AGAIN (R = 0), dx becomes
+        silu(gate) · up."""
         t = tl.program_id(0) * BT + tl.arange(0, BT)
         ok = t < tokens
         c = tl.program_id(1) * BH + tl.arange(0, BH)
@@ -232,6 +233,8 @@ if AVAILABLE:
         u = tl.load(gu_ptr + at + F, mask=there, other=0.0).to(tl.float32)
         gate = 1.0 / (1.0 + tl.exp(-g))
         kind = gu_ptr.dtype.element_ty
+        if AGAIN:  # as `_silu_mul` rounds it
+            tl.store(dx_ptr + t[:, None] * F + c, (g / (1.0 + tl.exp(-g))).to(kind) * u.to(kind), mask=there)
         dg, du = d * u * gate * (1.0 + g * (1.0 - gate)), d * g * gate
         if ALONG:
             tl.store(along_ptr + tl.program_id(1) * tokens + t, tl.sum(dg * g + du * u, 1), mask=ok)

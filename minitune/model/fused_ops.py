@@ -47,7 +47,7 @@ class Beside:
 
     def __init__(self, device: torch.device):
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.held: list[tuple[Tensor, ...]] = []
+        self.held: list[tuple[torch.cuda.Event, tuple[Tensor, ...]]] = []
 
     @contextmanager
     def __call__(self, *held: Tensor) -> Iterator[None]:
@@ -56,16 +56,18 @@ class Beside:
         if self.stream is None:
             yield
             return
-        self.held.append(held)
+        done = torch.cuda.Event()
+        self.held.append((done, held))
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             yield
+            done.record()
 
-    def join(self) -> None:
-        """The current stream waits for all of it."""
-        if self.stream is not None and self.held:
-            torch.cuda.current_stream().wait_stream(self.stream)
-            self.held.clear()
+    def join(self, but: int = 0) -> None:
+        """The current stream waits for all of it but the last so many."""
+        if (count := len(self.held) - but) > 0:
+            torch.cuda.current_stream().wait_event(self.held[count - 1][0])
+            del self.held[:count]
 
 
 class Slot:
@@ -192,9 +194,10 @@ def silu_mul(gate_up: Tensor, slot: Slot) -> Tensor:
 
 
 def silu_mul_back(
-    gate_up: Tensor, dx: Tensor, slot: Slot, drop: Tensor | None, gain: float, along: bool
+    gate_up: Tensor, dx: Tensor, slot: Slot, drop: Tensor | None, gain: float, along: bool, again: bool = False
 ) -> Tensor | None:
-    """gate_up becomes gain · its gradient. along: gives shares of Σ of the products of both, see `norm_back`."""
+    """gate_up becomes gain · its gradient. along: gives shares of Σ of the products of both, see `norm_back`. again:
+    dx becomes what `silu_mul` gave (where no adapter is)."""
     tile = TILES["silu_mul_back"]
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     grid = _grid(tokens, width, tile)
@@ -202,7 +205,7 @@ def silu_mul_back(
     launch(
         fk._silu_mul_back, grid,
         gate_up, dx, _or(shares, dx), slot.a, _or(drop, dx), slot.site, slot.s, gain, tokens,
-        F=width, R=slot.R, P=slot.P, Q=slot.Q, DROP=drop is not None, ALONG=along,
+        F=width, R=slot.R, P=slot.P, Q=slot.Q, DROP=drop is not None, ALONG=along, AGAIN=again,
         BT=tile.rows, BH=tile.columns, num_warps=tile.warps,
     )  # fmt: skip
     return shares

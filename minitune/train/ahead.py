@@ -81,6 +81,7 @@ class Loading:
         self._compilers = ThreadPoolExecutor(8, thread_name_prefix="compile")
         self._thread: threading.Thread | None = None
         self._decoder: Decoder | None = None
+        self.shape: Any = None  # the decoder's, from `begin` on
         self._error: BaseException | None = None
 
     def begin(self, base: Path) -> None:
@@ -92,6 +93,7 @@ class Loading:
 
         shards = Shards(base)
         empty = skeleton(shards)
+        self.shape = empty.config
         if self.config.method == "qlora":
             try:
                 four_bits.make_room(empty)
@@ -108,7 +110,9 @@ class Loading:
             from minitune.train.prepare import lora_of, training_dtype
 
             kind = training_dtype(self.config, self.device)
-            if self.config.method == "full":
+            if fast.plain_engine(self.config):
+                pass  # what would be compiled is not launched
+            elif self.config.method == "full":
                 fast.compile_full_early(self.config, empty, kind, self.device, self._compilers)
             else:
                 lora = lora_of(self.config)
@@ -131,13 +135,16 @@ class Loading:
         import torch
 
         from minitune.checkpoint.weights import filled
-        from minitune.train import fast
+        from minitune.config import UserError
+        from minitune.train import fast, foresee
         from minitune.train.prepare import lora_of, training_dtype
 
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)  # a thread has a current card of its own
+        if foresee.hopeless(self.config, shards.folder, empty.config, self.device):
+            raise UserError(f"{shards.folder}: its weights do not fit the card")  # the plan says more, and sooner
         strips = None
-        if self.config.method != "full" and not fast.why_not_on(self.device):
+        if self.config.method != "full" and not fast.plain_engine(self.config) and not fast.why_not_on(self.device):
             strips = partial(fast.strips_of, lora=lora_of(self.config))
         kind = str(training_dtype(self.config, self.device)).removeprefix("torch.")
         with shards:

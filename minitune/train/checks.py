@@ -7,7 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from minitune.config import TrainConfig, UserError, files_of
+from minitune.config import TrainConfig, UserError, bytes_of, files_of
 from minitune.train import zero_config
 from minitune.train.track import check_trackers
 from minitune.train.watch import read_prompts
@@ -64,6 +64,7 @@ def check_settings(config: TrainConfig) -> None:
     for name in ("early_stopping_patience", "load_best_model_at_end"):
         if getattr(config, name) and not (config.eval_data or config.eval_fraction or config.eval_rows):
             raise UserError(f"{name} needs held-out rows; add --eval_fraction 0.05, or --eval_data FILE")
+    check_memory(config)
     check_optimizer(config)
     if config.method == "qlora" and config.deepspeed:
         raise UserError("qlora and --deepspeed don't go together; torchrun without --deepspeed does, or --method lora")
@@ -82,6 +83,17 @@ def check_settings(config: TrainConfig) -> None:
 def several() -> bool:
     """Whether a launcher has started several processes."""
     return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def check_memory(config: TrainConfig) -> None:
+    """UserError for a bound that is none, or that nothing could hold."""
+    if not config.memory:
+        return
+    bytes_of(config.memory)
+    if config.deepspeed or several():
+        raise UserError("memory is for one process on one card; leave it out")
+    if config.device.startswith("cpu"):
+        raise UserError("memory bounds a card, and this run is on the CPU; leave it out")
 
 
 def check_optimizer(config: TrainConfig) -> None:

@@ -46,6 +46,11 @@ def why_not_on(device: torch.device) -> str:
     return fused.kernels.why_not(device) if device.type == "cuda" else "no card"
 
 
+def plain_engine(config: TrainConfig) -> bool:
+    """Whether a run's engine takes plain layers on any card: DeepSpeed, and FSDP2 of several processes."""
+    return bool(config.deepspeed) or (config.method == "full" and int(os.environ.get("WORLD_SIZE") or 1) > 1)
+
+
 def strips_of(decoder: Decoder, lora: LoraConfig) -> dict[str, int]:
     """{kind: width}: the strips for `Decoder.allocate` that `model.fused` will want of these adapters; none where the
     layers can't be fused, or have four bits (theirs lie where a weight is formed). The decoder may be on `meta`,
@@ -114,24 +119,52 @@ def head_share(shape: DecoderConfig) -> float:
     return shape.vocab_size * shape.hidden_size / (shape.num_hidden_layers * layer)
 
 
-def one_pack_steps(loader: Loader, per_epoch: Sequence[int], total: int) -> NDArray[np.int64]:
-    """int64 [N, 5]: (epoch, step, tokens, documents, supervised) of those of the run's steps that are one pack each;
+def every_step(loader: Loader, per_epoch: Sequence[int], total: int) -> NDArray[np.int64]:
+    """int64 [N, 6]: (epoch, step, tokens, documents, supervised, 1 where it is one pack) of each of the run's steps;
     by the plan alone, no batch is made."""
-    out = [np.zeros((0, 5), dtype=np.int64)]
+    out = [np.zeros((0, 6), dtype=np.int64)]
     for epoch, steps in enumerate(per_epoch):
         count = min(steps, total)
         total -= count
         if not count:
             break
+        if loader.ranks > 1:
+            out.append(_shares_of(loader, epoch, count))
+            continue
         plan = loader.steps(epoch)
         starts, rows = plan.bounds[:count], plan.order[: plan.bounds[count]]
         tokens = np.add.reduceat(loader.lengths[rows], starts)
         documents = np.diff(plan.bounds[: count + 1])
         supervised = np.add.reduceat(loader.rows.supervised[rows], starts)
         whole = (tokens <= loader.tokens_per_pack) | (documents == 1)  # see `packing.packs`
-        columns = (np.full(count, epoch), np.arange(count), tokens, documents, supervised)
-        out.append(np.stack(columns, axis=1)[whole])
+        columns = (np.full(count, epoch), np.arange(count), tokens, documents, supervised, whole)
+        out.append(np.stack(columns, axis=1).astype(np.int64))
     return np.concatenate(out)
+
+
+def _shares_of(loader: Loader, epoch: int, count: int) -> NDArray[np.int64]:
+    """The same of this process's share of an epoch's first `count` steps; one pack: at most one for each process, which
+    is so for all of them or none."""
+    found = []
+    for step in range(count):
+        plans = loader.plans(epoch, step)
+        mine = [row for pack in plans[loader.rank] for row in pack]
+        tokens, supervised = int(loader.lengths[mine].sum()), int(loader.rows.supervised[mine].sum())
+        # without a row: one token that counts for nothing
+        found.append((epoch, step, max(1, tokens), max(1, len(mine)), supervised, max(map(len, plans)) == 1))
+    return np.array(found, dtype=np.int64).reshape(-1, 6)
+
+
+def one_pack_steps(loader: Loader, per_epoch: Sequence[int], total: int) -> NDArray[np.int64]:
+    """int64 [N, 5]: the same of those that are one pack each, which the last column would say."""
+    steps = every_step(loader, per_epoch, total)
+    return steps[steps[:, 5] == 1, :5]
+
+
+def capacities_of(plan: NDArray[np.int64], total: int, shape: DecoderConfig) -> list[graph.Capacity]:
+    """What is captured for `one_pack_steps` of a run of so many steps."""
+    sizes = [(t, d, s) for t, d, s in plan[:, 2:5].tolist()]
+    return graph.capacities(sizes, 4 if total < LONG else 8, head_share(shape))
 
 
 def quicken(
@@ -152,8 +185,7 @@ def quicken(
         what = f"every parameter learns, and {several:,} steps are several packs, which would take the memory twice"
         return step, f"plain step: {what}; raise --tokens_per_pack to have it captured"
     sizes = [(t, d, s) for t, d, s in plan[:, 2:].tolist()]
-    most = 4 if total < LONG else 8
-    capacities = graph.capacities(sizes, most, head_share(decoder.config))
+    capacities = capacities_of(plan, total, decoder.config)
     fits = (plan[:, 2] <= capacities[0].tokens) & (plan[:, 4] <= capacities[0].positions)
     epoch, number = plan[np.where(fits, plan[:, 2], 0).argmax(), :2].tolist()
     sample = loader.batch(epoch, number).packs[0]

@@ -35,52 +35,27 @@ class Buffer:
 
 
 class InBackward:
-    """`model.full.Sink`: a scratch, used up by the optimizer at once. On a card that happens on a second stream, beside
-    the multiplications that follow; two scratches alternate, and the embedding's and the head's are made when they are
-    wanted, at the end."""
+    """`model.full.Sink`: a scratch, used up by the optimizer at once. The embedding's and the head's places are made
+    when they are wanted, at the end."""
 
     buffered = False
 
-    def __init__(self, optimizer: AdamW8, layers: int, beside: bool = True):
+    def __init__(self, optimizer: AdamW8, layers: int):
         self.optimizer, self.last = optimizer, 4 * layers
         matrices = optimizer.matrices
         size = max(m.numel() for m in matrices[1 : self.last + 1])
-        on_card = beside and matrices[0].device.type == "cuda"
-        self.stream = torch.cuda.Stream(matrices[0].device) if on_card else None
-        self.scratch = [torch.empty(size, dtype=matrices[0].dtype, device=matrices[0].device) for _ in range(2)]
-        self.free: list[torch.cuda.Event | None] = [None, None]
-        self.turn = 0
+        self.scratch = torch.empty(size, dtype=matrices[0].dtype, device=matrices[0].device)
         self.now: dict[int, Tensor] = {}
 
     def place(self, index: int) -> tuple[Tensor, float]:
         if index not in self.now:
             matrix = self.optimizer.matrices[index]
-            if 1 <= index <= self.last:
-                self.turn = 1 - self.turn
-                if (event := self.free[self.turn]) is not None:
-                    torch.cuda.current_stream().wait_event(event)
-                self.now[index] = self.scratch[self.turn][: matrix.numel()].view(matrix.shape)
-            else:
-                self.now[index] = torch.empty_like(matrix.data)
+            own = self.scratch[: matrix.numel()].view(matrix.shape) if 1 <= index <= self.last else None
+            self.now[index] = torch.empty_like(matrix.data) if own is None else own
         return self.now[index], 0.0
 
     def ready(self, index: int) -> None:
-        grad = self.now.pop(index)
-        if self.stream is None or not 1 <= index <= self.last:
-            self.join()
-            self.optimizer.use(index, grad)
-            return
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            self.optimizer.use(index, grad)
-            self.free[self.turn] = event = torch.cuda.Event()
-            event.record()
-
-    def join(self) -> None:
-        """The current stream waits for all updates."""
-        if self.stream is not None:
-            torch.cuda.current_stream().wait_stream(self.stream)
-            self.free = [None, None]
+        self.optimizer.use(index, self.now.pop(index))
 
 
 class FullStep(TrainStep):
@@ -96,7 +71,6 @@ class FullStep(TrainStep):
         *,
         max_grad_norm: float = 1.0,
         loss_scale: LossScale | None = None,
-        beside: bool = True,
     ):
         super().__init__(decoder, optimizer, max_grad_norm=max_grad_norm, loss_scale=loss_scale)  # type: ignore[arg-type]
         self.stack = stack
@@ -104,7 +78,7 @@ class FullStep(TrainStep):
         if stack is not None:
             own = isinstance(optimizer, AdamW8) and optimizer.in_backward
             layers = len(decoder.layers)
-            self.sink = InBackward(optimizer, layers, beside) if own else Buffer(stack.matrices)  # type: ignore[arg-type]
+            self.sink = InBackward(optimizer, layers) if own else Buffer(stack.matrices)  # type: ignore[arg-type]
             if stack.wholes < layers:
                 self.chunk = min(self.chunk, 512)
         elif isinstance(optimizer, AdamW8) and optimizer.in_backward:
@@ -118,10 +92,11 @@ class FullStep(TrainStep):
     def places(self) -> list[tuple[str, Callable[[], Tensor]]]:
         if self.stack is None or self.sink is None:
             return []
-        kind = "grads" if isinstance(self.sink, Buffer) else "scratch"
-        held = getattr(self.sink, kind)
-        places = [(f"{kind} {i}", partial(held.__getitem__, i)) for i in range(len(held))]
-        return [*places, *((name, partial(getattr, self.stack, name)) for name in ("parts_SX", "norm_grad"))]
+        places: list[tuple[str, Callable[[], Tensor]]] = [("scratch", partial(getattr, self.sink, "scratch"))]
+        if isinstance(self.sink, Buffer):
+            grads = self.sink.grads
+            places = [(f"grads {i}", partial(grads.__getitem__, i)) for i in range(len(grads))]
+        return [*places, *((name, partial(getattr, self.stack, name)) for name in ("parts_PH", "norm_grad"))]
 
     def _used(self, index: int, matrix: Tensor) -> None:
         """A gradient of autograd's is there."""
@@ -137,6 +112,8 @@ class FullStep(TrainStep):
         scaled = share if self.loss_scale is None else share * self.loss_scale.scale
         if isinstance(self.sink, Buffer):
             self.sink.written.clear()
+        if self.stack is not None:
+            self.stack.norm_grad.zero_()
         for pack in packs:
             if self.stack is None or self.sink is None:
                 total = pack_loss(self.decoder, pack, None, self.chunk)
@@ -154,7 +131,7 @@ class FullStep(TrainStep):
                 self.stack.backward(tape, self.sink)
         if isinstance(optimizer, AdamW):
             self._hand_over()
-            return self._update(loss)
+            return self.update(loss)
         vectors = self._vectors()
         if optimizer.in_backward:
             norm, skip = optimizer.close(vectors)
@@ -169,7 +146,6 @@ class FullStep(TrainStep):
     def _vectors(self) -> Tensor:
         """The gradient of all vectors, float32."""
         if self.stack is not None:
-            self.stack.join_norms()
             return self.stack.norm_grad
         assert isinstance(self.optimizer, AdamW8)
         norms = self.optimizer.norms

@@ -3,6 +3,9 @@
 `capture(step, …)` returns a callable of the plain step's signature. A capacity is a number of tokens, of
 documents and of supervised positions; a batch runs in the smallest one that holds it, padded with one more document
 that nothing is learned from. What no capacity holds runs through the plain step.
+
+Several processes (`step.sharing`): a graph a capacity for the gradients, one for the update, and the sum over the
+processes between them is not captured. So each process may take its own capacity, or the plain step, for the same step.
 """
 
 from __future__ import annotations
@@ -109,8 +112,8 @@ class _Graph:
         self.out: Tensor | None = None
         self.copied = torch.cuda.Event()
 
-    def fill(self, pack: Pack) -> None:
-        """Lays the pack into the static inputs; the rest becomes one document of padding."""
+    def fill(self, pack: Pack, supervised: int) -> None:
+        """Lays the pack into the static inputs; the rest becomes one document of padding. supervised: of the step."""
         self.copied.synchronize()  # the last copy out of the pinned buffer, long done
         T = self.capacity.tokens
         ids, positions, uids, predict, targets, cu = self.host.split(self.parts)
@@ -123,13 +126,18 @@ class _Graph:
         cu[s + 1 :] = T
         self.blob.copy_(self.host, non_blocking=True)
         self.copied.record()
-        self.share.fill_(1 / max(1, pack.supervised))
+        self.share.fill_(1 / max(1, supervised))
 
     def run(self, step: TrainStep) -> Tensor:
-        """The recorded work."""
+        """The recorded work: all of the step, or its first half, whose loss is given."""
         self.cu.copy_(self.cu_source)
-        result = step.run([self.pack], self.share)
-        return torch.stack([result.loss, result.grad_norm, result.skipped])
+        if step.sharing is not None:
+            return step.gradients([self.pack], self.share)
+        return _three(step.run([self.pack], self.share))
+
+
+def _three(result: StepResult) -> Tensor:
+    return torch.stack([result.loss, result.grad_norm, result.skipped])
 
 
 class CapturedStep:
@@ -141,6 +149,9 @@ class CapturedStep:
         self.graphs = [_Graph(step, capacity, self.share, longest) for capacity in sizes]
         self.plain_steps = 0
         self.contract: Contract | None = None
+        self.loss = torch.zeros_like(self.share)  # the second half's, where there are two
+        self.update = torch.cuda.CUDAGraph() if step.sharing is not None else None
+        self.out: Tensor | None = None
 
     def record(self, sample: Pack) -> None:
         """Warms up with the largest (what is used for the first time is made ready, the optimizer's moments among it)
@@ -151,12 +162,15 @@ class CapturedStep:
         step, pool = self.step, torch.cuda.graph_pool_handle()
         index, scale = step.step_index.clone(), step.loss_scale and step.loss_scale.state_dict()
         kept = {k: v.clone() for k, v in scale.items()} if scale else None
-        self.graphs[0].fill(sample)
+        self.graphs[0].fill(sample, sample.supervised)
         self.share.fill_(float("nan"))
+        step.keeps_gradients |= self.update is not None  # both halves know their place
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            self.graphs[0].run(step)
+            loss = self.graphs[0].run(step)
+            if self.update is not None:
+                step.update(loss)
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         if step.decoder.stack is None:
@@ -166,11 +180,18 @@ class CapturedStep:
             step.loss_scale.load_state_dict(kept)
         torch._C._cuda_clearCublasWorkspaces()  # those of the warm-up's streams; the captures have their own
         torch.cuda.empty_cache()
+        # NCCL's own thread asks after its events meanwhile
+        mode = "global" if self.update is None else "thread_local"
         for graph in self.graphs:
-            with torch.cuda.graph(graph.graph, pool=pool):
+            with torch.cuda.graph(graph.graph, pool=pool, capture_error_mode=mode):
                 graph.out = graph.run(step)
+        if self.update is not None:
+            with torch.cuda.graph(self.update, pool=pool, capture_error_mode=mode):
+                self.out = _three(step.update(self.loss))
         inputs = [(f"inputs of {g.capacity.tokens}", partial(getattr, g, "blob")) for g in self.graphs]
-        self.contract = Contract.of(step, *inputs, ("share", partial(getattr, self, "share")))
+        for name in ("share", "loss"):
+            inputs.append((name, partial(getattr, self, name)))
+        self.contract = Contract.of(step, *inputs)
 
     @property
     def loss_scale(self) -> LossScale | None:
@@ -187,11 +208,17 @@ class CapturedStep:
             return self.step(batch, rate)
         assert self.contract is not None
         self.contract.check()
-        graph.fill(batch.packs[0])
+        graph.fill(batch.packs[0], batch.supervised)
         self.step.optimizer.rate.fill_(rate)
         graph.graph.replay()
-        assert graph.out is not None
-        loss, norm, skipped = graph.out.clone()
+        out = graph.out
+        assert out is not None
+        if self.update is not None:
+            self.loss.copy_(self.step.gather(out))
+            self.update.replay()
+            out = self.out
+            assert out is not None
+        loss, norm, skipped = out.clone()
         return StepResult(loss, norm, skipped)
 
     def _graph_for(self, batch: StepBatch) -> _Graph | None:

@@ -48,7 +48,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         d_h = torch.empty_like(h_PH) if need_h else None
         d_w = torch.zeros_like(weight_VH) if need_w else None
         chunk_of, vocab = (_fused_chunk if fused(h_PH) else _chunk), weight_VH.shape[0]
-        weight_WH = kernels.with_padding(weight_VH, padding)
+        weight_WH = head_of(weight_VH, padding, unit_of(h_PH.device))
         for at in range(0, h_PH.shape[0], chunk):
             h, target = h_PH[at : at + chunk], targets_P[at : at + chunk]
             part, d_logits = chunk_of(h, weight_WH, target, vocab, need_h or need_w)
@@ -69,6 +69,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         d_h = saved.pop(0) * grads[0] if ctx.which[0] else None
         d_w = saved.pop(0) * grads[0] if ctx.which[1] else None
         return d_h, d_w, None, None, None
+
+
+def head_of(weight_VH: Tensor, padding: int, unit: int) -> Tensor:
+    """The weight [W, H] whose products have rows at multiples of `unit`: with the zero rows that lie behind it, or,
+    where none do (it is a slice of several processes, made whole), a copy with some."""
+    missing = 0 if padding else -weight_VH.shape[0] % unit
+    return F.pad(weight_VH.detach(), (0, 0, 0, missing)) if missing else kernels.with_padding(weight_VH, padding)
+
+
+def unit_of(device: torch.device) -> int:
+    """Rows that begin elsewhere keep a card's matrix units off."""
+    return 8 if device.type == "cuda" else 1
 
 
 def fused(h_PH: Tensor) -> bool:
@@ -106,7 +118,7 @@ def cross_entropy_sum(
     """
     if torch.is_grad_enabled() and (h_PH.requires_grad or weight_VH.requires_grad):
         return _ChunkedCrossEntropy.apply(h_PH, weight_VH, targets_P, chunk, padding)
-    chunk_of, weight_WH = (_fused_chunk if fused(h_PH) else _chunk), kernels.with_padding(weight_VH, padding)
+    chunk_of, weight_WH = (_fused_chunk if fused(h_PH) else _chunk), head_of(weight_VH, padding, unit_of(h_PH.device))
     parts = [
         chunk_of(h_PH[at : at + chunk], weight_WH, targets_P[at : at + chunk], weight_VH.shape[0], False)[0]
         for at in range(0, h_PH.shape[0], chunk)

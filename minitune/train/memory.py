@@ -1,110 +1,364 @@
-"""What a step holds on a card beyond the weights, by arithmetic; measured beside it in tests/train/test_memory.py.
+"""What a run holds on a card, part by part, by arithmetic: from a model's shape, settings and lengths, before anything
+is loaded. Measured figures stand beside it in tests/train/test_memory.py.
 
-Legend: T tokens, H hidden, F FFN width, N heads, K key/value heads, D head width.
+Legend: T tokens, P supervised positions, H hidden, F FFN width, N heads, K key/value heads, D head width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
-from minitune.model import full, kernels
-from minitune.model.attention import Kernel, choose_kernel
-from minitune.model.decoder import Decoder, Linear
-from minitune.model.fused import strip_width
-from minitune.model.fused_ops import Slot
-from minitune.train.step import chunk_of
+import torch
 
-OVERHEAD = 1 << 28  # strips, matrix workspaces, what the allocator rounds up
+from minitune.config import TrainConfig
+from minitune.model.attention import Kernel, kernel_of
+from minitune.model.decoder import DecoderConfig
+from minitune.model.fused import HEADS, WIDEST, strip_width
+from minitune.model.lora import LoraConfig
 
-
-def layer_bytes(decoder: Decoder, index: int, kernel: Kernel, by_hand: bool) -> int:
-    """Bytes a token that one layer keeps for its backward. by_hand: as `model.fused` computes it."""
-    config, size = decoder.config, decoder.dtype.itemsize
-    H, F, D = config.hidden_size, config.intermediate_size, config.head_dim
-    N, K = config.num_attention_heads, config.num_key_value_heads
-    loras = [decoder.of_kind(kind)[index].lora for kind in Slot.KINDS]
-    inputs = (H, N * D, H, F)
-    qkv, out = (N + 2 * K) * D, N * D
-    # q and k, rotated; keys and values as many as queries, see `attention.alike`
-    rotated = 0 if kernel == "short" else N * D + (K * D if K == N else 2 * N * D)
-    statistics = 4 * N  # float32 log-sum-exp
-    if by_hand:
-        strips = [strip_width(lora.A.shape[0]) if lora is not None else 0 for lora in loras]
-        if decoder.lora_config is None:  # `model.full` computes norms again
-            kept = 2 * H + qkv + out + 2 * F + (0 if kernel == "short" else rotated + out)
-            return kept * size + statistics
-        kept = 2 * H + (H + strips[0]) + qkv + (out + strips[1]) + 2 * F  # x1, x2, norm, attention, gate | up
-        kept += H + strips[2] if strips[2] else 0  # the second norm's result
-        kept += 0 if kernel == "short" else rotated + out  # autograd has a result of its own
-        return kept * size + statistics + 8
-    kept = qkv + rotated + out + 3 * F  # gate | up, silu(gate)
-    if decoder.lora_config is None:
-        kept += 4 * H + F  # norms without and with their weight, what down multiplies
-    else:  # dropout's mask, and what it leaves
-        kept += sum(2 * width for lora, width in zip(loras, inputs, strict=True) if lora is not None)
-    norms = 2 * H * 4  # their inputs in float32
-    return kept * size + statistics + norms
+MIB, GIB = 1 << 20, 1 << 30
+# Matrix workspaces and what the allocator rounds up, fitted to measured peaks; `fast.settle_memory` says the first.
+WORKSPACES, SPARING = 240 * MIB, 120 * MIB
+# The driver's part: context, modules, graphs; seen beside the reserved peaks of an H100: 0.69 to 0.77 and 0.80 to 0.90.
+CONTEXT, CONTEXT_SPARING = 860 * MIB, 770 * MIB
+GROUPS = (64, 32)  # of a base that --method qlora rounds: the first that divides every row
 
 
-def _attention(decoder: Decoder) -> list[Linear]:
-    return decoder.of_kind("attn.qkv") + decoder.of_kind("attn.o")
+@dataclass(frozen=True)
+class Setup:
+    """What of a run decides its memory beside its steps and what the planner chooses.
+
+    method: lora, qlora or full. size: bytes a value of the computation. capability: the card's; (0, 0): a CPU. triton:
+    whether kernels can run. bits: of a weight of the layers' linears. lora: the adapters; None where every parameter
+    learns. alone: one process without DeepSpeed: layers can be done by hand.
+    """
+
+    shape: DecoderConfig
+    method: str
+    size: int = 2
+    capability: tuple[int, int] = (9, 0)
+    triton: bool = True
+    bits: float = 16.0
+    lora: LoraConfig | None = None
+    alone: bool = True
+
+    @staticmethod
+    def of(
+        config: TrainConfig, shape: DecoderConfig, dtype: torch.dtype, capability: tuple[int, int], triton: bool,
+        int4: int = 0, alone: bool = True,
+    ) -> Setup:  # fmt: skip
+        """int4: the group of a base that has four bits already, 0 for another."""
+        size = dtype.itemsize
+        if config.method == "qlora" and not int4:
+            widths = (shape.hidden_size, shape.intermediate_size, shape.num_attention_heads * shape.head_dim)
+            int4 = next((group for group in GROUPS if not any(width % group for width in widths)), GROUPS[-1])
+        bits = 4 + 8 * size / int4 if int4 else 8.0 * size
+        lora = LoraConfig(config.lora_r, target_modules=config.lora_target_modules)
+        full = config.method == "full"
+        return Setup(
+            shape, config.method, dtype.itemsize, capability, triton, bits, None if full else lora, alone
+        )  # fmt: skip
+
+    @property
+    def packed(self) -> bool:
+        """Whether the layers' linears have four bits."""
+        return self.bits < 8 * self.size
+
+    @property
+    def kernels(self) -> bool:
+        return self.triton and self.capability >= (8, 0)
+
+    @cached_property
+    def linears(self) -> dict[str, tuple[int, dict[str, int]]]:
+        """{kind: (inputs, {part: outputs})} of a layer."""
+        s, kv = self.shape, self.shape.num_key_value_heads * self.shape.head_dim
+        H, F, Q = s.hidden_size, s.intermediate_size, s.num_attention_heads * s.head_dim
+        return {
+            "attn.qkv": (H, {"self_attn.q_proj": Q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}),
+            "attn.o": (Q, {"self_attn.o_proj": H}),
+            "mlp.gate_up": (H, {"mlp.gate_proj": F, "mlp.up_proj": F}),
+            "mlp.down": (F, {"mlp.down_proj": H}),
+        }
+
+    @cached_property
+    def rows_of_a(self) -> list[dict[str, int]]:
+        """{kind: rows of A} of each layer."""
+        out = []
+        for i in range(self.shape.num_hidden_layers if self.lora else 0):
+            assert self.lora is not None
+            named = {k: [f"model.layers.{i}.{part}" for part in parts] for k, (_, parts) in self.linears.items()}
+            out.append({k: self.lora.r * sum(map(self.lora.targets, names)) for k, names in named.items()})
+        return out
+
+    @cached_property
+    def adapters(self) -> int:
+        """Numbers in all A and B."""
+        total = 0
+        for i in range(self.shape.num_hidden_layers if self.lora else 0):
+            assert self.lora is not None
+            for inputs, parts in self.linears.values():
+                sizes = [n for part, n in parts.items() if self.lora.targets(f"model.layers.{i}.{part}")]
+                total += self.lora.r * (inputs * len(sizes) + sum(sizes))
+        return total
+
+    @cached_property
+    def by_hand(self) -> bool:
+        """Whether `model.fused` or `model.full` takes the layers, as `fast.why_plain` says of a loaded decoder."""
+        if not (self.kernels and self.alone and self.shape.head_dim in HEADS):
+            return False
+        if self.lora is None:
+            return not self.packed
+        same = all(rows == self.rows_of_a[0] for rows in self.rows_of_a)
+        return same and max(self.rows_of_a[0].values()) <= WIDEST
+
+    @cached_property
+    def strips(self) -> dict[str, int]:
+        """{kind: a strip's width} where layers are done by hand."""
+        if not self.by_hand or self.lora is None:
+            return dict.fromkeys(self.linears, 0)
+        return {kind: strip_width(rows) for kind, rows in self.rows_of_a[0].items()}
+
+    @property
+    def matrices(self) -> dict[str, int]:
+        """{kind: numbers in a layer's matrix}."""
+        return {kind: inputs * sum(parts.values()) for kind, (inputs, parts) in self.linears.items()}
+
+    @property
+    def head(self) -> int:
+        return self.shape.vocab_size * self.shape.hidden_size
+
+    @property
+    def parameters(self) -> int:
+        """Of the model, without adapters."""
+        s = self.shape
+        tables = self.head * (1 if s.tie_word_embeddings else 2)
+        norms = (2 * s.num_hidden_layers + 1) * s.hidden_size
+        return s.num_hidden_layers * sum(self.matrices.values()) + tables + norms
+
+    def kernel(self, longest: int) -> Kernel:
+        """Attention's, for documents of so many tokens."""
+        dtype = {2: torch.bfloat16, 4: torch.float32}[self.size]
+        return kernel_of(self.capability, self.triton, dtype, self.shape.head_dim, longest)
 
 
-def beyond_weights(decoder: Decoder, tokens: int, kernel: Kernel, by_hand: bool, recompute: bool = False) -> int:
-    """Bytes that a step of one pack of so many tokens needs beside the weights: activations, logits, what the
-    optimizer holds. recompute: layers keep their inputs alone."""
-    config, size = decoder.config, decoder.dtype.itemsize
-    H, F = config.hidden_size, config.intermediate_size
-    layers = [layer_bytes(decoder, i, kernel, by_hand) for i in range(len(decoder.layers))]
-    kept, working = sum(layers), (2 * F + 3 * H) * size  # working: what the backward of one layer makes
-    if recompute:
-        strips = sum(strip_width(n.lora.A.shape[0]) for n in _attention(decoder) if n.lora is not None) * by_hand
-        kept, working = (len(layers) * H + strips) * size, working + max(layers)
-    chunk, width = 512 if by_hand and recompute else chunk_of(decoder), config.vocab_size + decoder.padding
-    if kernels.why_not(decoder.device):
-        logits = min(tokens, chunk) * width * (size + 8)  # and in float32, twice
-    else:
-        logits = min(tokens, chunk) * width * size
-    mask = tokens * tokens * (size + 1) if kernel == "masked" else 0
-    learning = 0
-    for parameter in decoder.parameters():
-        if parameter.requires_grad:  # gradient and two moments; below float32 a master and its gradient
-            half = parameter.element_size() < 4
-            learning += parameter.numel() * (parameter.element_size() + 8 + (8 if half else 0))
-    return tokens * (kept + working) + logits + mask + learning + OVERHEAD
+@dataclass(frozen=True)
+class Load:
+    """The largest step of a run: tokens and supervised positions of what is computed at once, the longest document.
 
-
-class Load(NamedTuple):
-    """The largest pack of a run: its tokens, supervised positions, longest document. several: a step may be more."""
+    several: some steps are more than one pack. beside: tokens of the largest pack that runs plainly beside a captured
+    step, whose memory stays. held: tokens of the largest pack of held-out rows.
+    """
 
     tokens: int
     positions: int
     longest: int
     several: bool = False
+    beside: int = 0
+    held: int = 0
 
 
-def beyond_weights_full(decoder: Decoder, load: Load, optim: str, whole: int) -> int:
-    """The same where every parameter learns by `optim` and so many layers keep their activations."""
-    config, size = decoder.config, decoder.dtype.itemsize
-    H, F = config.hidden_size, config.intermediate_size
-    count = sum(p.numel() for p in decoder.parameters())
-    by_hand = not full.why_not(decoder) and decoder.device.type == "cuda"
-    kernel = choose_kernel(decoder.device, decoder.dtype, config.head_dim, load.longest)
-    layer = layer_bytes(decoder, 0, kernel, by_hand)
-    layers = len(decoder.layers)
+@dataclass(frozen=True)
+class Choice:
+    """What the planner decides. whole: layers that keep their activations, from the last (adapters: all, or one).
+    pack: tokens computed at once at most. chunk: positions whose logits exist at once, 0: as `step.chunk_of` says."""
+
+    optim: str
+    whole: int
+    pack: int = 8192
+    chunk: int = 0
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes on a card at a run's peak."""
+
+    weights: int = 0
+    optimizer: int = 0
+    gradients: int = 0
+    activations: int = 0
+    logits: int = 0
+    workspaces: int = 0
+    context: int = 0
+
+    @property
+    def reserved(self) -> int:
+        """What the allocator reserves."""
+        return self.total - self.context
+
+    @property
+    def total(self) -> int:
+        """What the driver counts."""
+        return sum(getattr(self, f.name) for f in fields(self))
+
+
+def layer_bytes(setup: Setup, kernel: Kernel, index: int = 0) -> int:
+    """Bytes a token that a layer keeps for its backward."""
+    s, size = setup.shape, setup.size
+    H, F, D, N, K = s.hidden_size, s.intermediate_size, s.head_dim, s.num_attention_heads, s.num_key_value_heads
+    qkv, out = (N + 2 * K) * D, N * D
+    # q and k, rotated; keys and values as many as queries, see `attention.alike`
+    rotated = 0 if kernel == "short" else N * D + (K * D if K == N else 2 * N * D)
+    statistics = 4 * N  # float32 log-sum-exp
+    if setup.by_hand:
+        if setup.lora is None:  # `model.full` computes norms again
+            kept = 2 * H + qkv + out + 2 * F + (0 if kernel == "short" else rotated + out)
+            return kept * size + statistics
+        strips = setup.strips
+        kept = 2 * H + (H + strips["attn.qkv"]) + qkv + (out + strips["attn.o"]) + 2 * F
+        kept += H + strips["mlp.gate_up"] if strips["mlp.gate_up"] else 0  # the second norm's result
+        kept += 0 if kernel == "short" else rotated + out  # autograd has a result of its own
+        return kept * size + statistics + 8
+    kept = qkv + rotated + out + 3 * F  # gate | up, silu(gate)
+    if setup.lora is None:
+        kept += 4 * H + F  # norms without and with their weight, what down multiplies
+    else:  # dropout's mask, and what it leaves
+        rows = setup.rows_of_a[index]
+        kept += sum(2 * inputs for kind, (inputs, _) in setup.linears.items() if rows[kind])
+    norms = 2 * H * 4  # their inputs in float32
+    return kept * size + statistics + norms
+
+
+def parts(setup: Setup, load: Load, choice: Choice) -> Parts:
+    """What a run of such steps holds at its peak."""
+    layers, sparing = setup.shape.num_hidden_layers, choice.whole < setup.shape.num_hidden_layers
+    out = _full(setup, load, choice) if setup.lora is None else _adapters(setup, load, choice)
+    more = _forward(setup, load.held)
+    if load.beside:
+        again = replace(load, tokens=load.beside, beside=0, held=0)
+        other = parts(setup, again, choice)
+        out = replace(out, activations=out.activations + other.activations, logits=out.logits + other.logits)
+    return replace(
+        out,
+        weights=out.weights + _weights(setup, layers),
+        workspaces=out.workspaces + more + (SPARING if sparing else WORKSPACES),
+        context=CONTEXT_SPARING if sparing else CONTEXT,
+    )
+
+
+def _weights(setup: Setup, layers: int) -> int:
+    linears = sum(setup.matrices.values())
+    strips = sum(sum(parts.values()) * setup.strips[kind] for kind, (_, parts) in setup.linears.items())
+    rest = setup.parameters - layers * linears + (-setup.shape.vocab_size % 64) * setup.shape.hidden_size
+    packed = int(layers * linears * setup.bits / 8)
+    if not setup.packed:
+        return packed + (layers * strips + rest) * setup.size
+    # Where a weight is formed: one place for each kind, strips behind it; else the weight at hand.
+    formed = linears + strips if setup.by_hand else max(setup.matrices.values())
+    return packed + (rest + formed) * setup.size
+
+
+def chunk_of(setup: Setup, choice: Choice) -> int:
+    """Positions whose logits exist at once, as `step.chunk_of` has them where nothing else is chosen."""
+    if choice.chunk:
+        return choice.chunk
+    small = not setup.kernels or (setup.by_hand and choice.whole < setup.shape.num_hidden_layers)
+    return 512 if small else 2048
+
+
+def _logits(setup: Setup, load: Load, choice: Choice) -> int:
+    width = setup.shape.vocab_size + -setup.shape.vocab_size % 64
+    each = setup.size if setup.kernels else setup.size + 8  # and in float32, twice
+    return min(load.positions, chunk_of(setup, choice)) * width * each
+
+
+def _mask(setup: Setup, load: Load) -> int:
+    return load.tokens**2 * (setup.size + 1) if setup.kernel(load.longest) == "masked" else 0
+
+
+def _adapters(setup: Setup, load: Load, choice: Choice) -> Parts:
+    size, H, F = setup.size, setup.shape.hidden_size, setup.shape.intermediate_size
+    layers, kernel = setup.shape.num_hidden_layers, setup.kernel(load.longest)
+    each = [layer_bytes(setup, kernel, i) for i in range(layers)]
+    logits = _logits(setup, load, choice)
+    learns = Parts(weights=4 * setup.adapters, gradients=4 * setup.adapters, optimizer=8 * setup.adapters)
+    if not setup.by_hand:
+        working = (2 * F + 3 * H) * size
+        kept = sum(each)
+        if choice.whole < layers:
+            kept, working = layers * H * size, working + max(each)
+        return replace(learns, activations=load.tokens * (kept + working) + _mask(setup, load), logits=logits)
+    learns = replace(learns, weights=learns.weights + size * setup.adapters)  # the computation's copy
+    kept, again = sum(each), 0
+    if choice.whole < layers:
+        strips = setup.strips["attn.qkv"] + setup.strips["attn.o"]
+        inputs = layers * (H + strips) * size
+        kept, again = inputs - (H + strips) * size + each[-1], inputs + each[0]
+    # The last norm goes through autograd: beside its float32 input, five more in its backward; or the logits; or a
+    # layer's backward.
+    norm = load.tokens * H * (20 + 9 * size // 2)
+    head = logits + load.tokens * H * (4 + 3 * size)
+    layer = load.tokens * ((2 * F + 3 * H) * size + max(0, again - kept))
+    return _at_peak(learns, load.tokens * kept, logits, max(norm, head, layer))
+
+
+def _at_peak(learns: Parts, kept: int, logits: int, more: int) -> Parts:
+    """more: what is there beside what layers keep, the logits or something else."""
+    logits = min(logits, more)
+    return replace(learns, activations=kept + more - logits, logits=logits)
+
+
+def _full(setup: Setup, load: Load, choice: Choice) -> Parts:
+    out = _full_backward(setup, load, choice)
+    if choice.optim == "adamw" and setup.size < 4:
+        masters = 4 * setup.parameters
+        out = replace(out, gradients=out.gradients + max(0, masters - out.activations - out.logits))
+    return out
+
+
+def _full_backward(setup: Setup, load: Load, choice: Choice) -> Parts:
+    size, H, F = setup.size, setup.shape.hidden_size, setup.shape.intermediate_size
+    layers, whole, count = setup.shape.num_hidden_layers, choice.whole, setup.parameters
+    layer = layer_bytes(setup, setup.kernel(load.longest))
+    logits, tokens = _logits(setup, load, choice), load.tokens
+    learns = Parts(optimizer=2 * count + count // 32)  # codes and scales
+    if choice.optim == "adamw":  # below float32 a master; its gradient is made when the activations are gone
+        learns = Parts(optimizer=(12 if size < 4 else 8) * count, gradients=size * count)
+    elif choice.optim == "adamw_8bit":
+        learns = replace(learns, gradients=size * count)
+    else:  # one gradient of a layer's matrices is at hand
+        learns = replace(learns, gradients=size * max(setup.matrices.values()))
+    working = (2 * F + 4 * H) * size
     kept = whole * layer + (layers - whole) * H * size
-    working = (2 * F + 4 * H) * size + (layer if whole < layers else 0)
-    head = (config.vocab_size + decoder.padding) * size
-    learning = count * 2 + count // 32  # codes and scales
-    if optim == "adamw":
-        learning = count * (size + 8 + (8 if size < 4 else 0))
-    elif optim == "adamw_8bit":
-        learning += count * size
-    chunk = min(load.positions, 512 if whole < layers else chunk_of(decoder)) * head
-    if optim != "adamw_8bit_in_backward":
-        return load.tokens * (kept + working) + chunk + learning + OVERHEAD
-    # two gradients are at hand; the smaller of the logits' and the head's is kept (the latter comes late, or at once)
-    learning += 2 * size * max(linear.weight.numel() for linear in decoder.linears())
-    if load.positions > H:
-        return load.tokens * (kept + working) + head * H + chunk + learning + OVERHEAD
-    return max(load.tokens * (kept + working), head * H) + load.positions * head + learning + OVERHEAD
+    if not setup.by_hand:
+        more = tokens * (working + (layer if whole < layers else 0)) + _mask(setup, load) + logits
+        return _at_peak(learns, tokens * kept, logits, more)
+    backward, head = _backward(setup, load, choice), setup.head * size
+    if choice.optim != "adamw_8bit_in_backward" or load.positions > H:
+        if choice.optim == "adamw_8bit_in_backward":  # the head's gradient, from the forward on
+            learns = replace(learns, gradients=learns.gradients + head)
+        return _at_peak(learns, tokens * kept, logits, max(backward - tokens * kept, logits))
+    # All logits' gradient is kept; the head's is made when the layers' activations are gone, whose holes, about
+    # half of them, do not hold it in one piece.
+    logits = load.positions * (setup.shape.vocab_size + -setup.shape.vocab_size % 64) * size
+    peak = max(backward, head + backward // 2)
+    return _at_peak(learns, tokens * kept, logits, max(0, peak - tokens * kept) + logits)
+
+
+def _backward(setup: Setup, load: Load, choice: Choice) -> int:
+    """What layers by hand hold when their backward begins, or where the first of them is computed again."""
+    size, H, F = setup.size, setup.shape.hidden_size, setup.shape.intermediate_size
+    layers, layer = setup.shape.num_hidden_layers, layer_bytes(setup, setup.kernel(load.longest))
+    kept = choice.whole * layer + (layers - choice.whole) * H * size
+    again = layers * H * size + layer if choice.whole < layers else 0
+    return load.tokens * (max(kept, again) + (2 * F + 4 * H) * size)
+
+
+def spare(setup: Setup, load: Load, choice: Choice) -> int:
+    """Bytes beyond the peak that the allocator wants to find under a bound: it counts a block whole that would partly
+    lie in a hole, and while a step is recorded it gives nothing back. The head's gradient inside backward is by far
+    the largest such block: it may come on top of all that layers keep."""
+    if choice.optim != "adamw_8bit_in_backward" or not setup.by_hand or load.positions > setup.shape.hidden_size:
+        return 0
+    head, backward = setup.head * setup.size, _backward(setup, load, choice)
+    return head + backward - max(backward, head + backward // 2)
+
+
+def _forward(setup: Setup, tokens: int) -> int:
+    """Of held-out rows: nothing is kept, but it lies beside the step's memory."""
+    if not tokens:
+        return 0
+    s, size = setup.shape, setup.size
+    heads = (s.num_attention_heads * 2 + 2 * s.num_key_value_heads) * s.head_dim
+    logits = min(tokens, 2048) * s.vocab_size * (size if setup.kernels else size + 8)
+    return tokens * (4 * s.hidden_size + heads + 3 * s.intermediate_size) * size + logits

@@ -2,8 +2,9 @@
 
 After it (`adamw_8bit`) the gradients lie in a buffer, and are clipped by their exact global norm. Inside it
 (`adamw_8bit_in_backward`) each matrix is updated as soon as its gradient is there, which is then given up; no gradient
-waits for another, so each is clipped by its own norm (the norms' weights, together, count as one), and the norm that a
-step reports is that of all of them before clipping.
+waits for another, so each is clipped by its own norm, to an equal share of max_grad_norm (of K gradients 1/√K each, the
+norms' weights together being one): all of them together are never longer than asked for. The norm that a step reports
+is that of all of them before clipping.
 
 Norms' weights have a float32 master copy and 32-bit moments. A value that is not finite updates nothing: what the loss
 tells is known before backward begins. Inside backward a gradient may still overflow where the loss did not; that
@@ -13,6 +14,7 @@ stops at the next row of its log: every weight is finite and of a step that coun
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -41,7 +43,9 @@ class AdamW8:
         if dtype == torch.float16:
             raise ValueError("8-bit AdamW rounds into bfloat16 weights (or leaves float32 ones); use --dtype bfloat16")
         self.betas, self.eps = (float(config.adam_beta1), float(config.adam_beta2)), float(config.adam_epsilon)
-        self.decay, self.max_norm = config.weight_decay, float(config.max_grad_norm)
+        self.decay, max_norm = config.weight_decay, float(config.max_grad_norm)
+        if in_backward:
+            max_norm /= math.sqrt(len(self.matrices) + 1)
         self.kernels = adamw8.by_kernel(device)
         self.joined = torch.cat([p.detach().reshape(-1) for p in self.norms])
         at = 0
@@ -62,7 +66,7 @@ class AdamW8:
             first += count
         self.rate, self.count = empty(()), empty((), dtype=torch.float64)
         self.squares, self.work = empty(len(self.matrices) + 1), empty(1 + PROGRAMS)  # the last one is the vectors'
-        self.rule = Rule(empty(3), empty((), dtype=torch.int32), empty(()), *self.betas, self.eps, self.max_norm)
+        self.rule = Rule(empty(3), empty((), dtype=torch.int32), empty(()), *self.betas, self.eps, max_norm)
         self.seed = config.seed
 
     def open(self, loss: Tensor, step_index: Tensor) -> None:
@@ -120,8 +124,8 @@ class AdamW8:
         """The vectors' update, in 32 bits; no weight decay."""
         (beta1, beta2), rule = self.betas, self.rule
         go = (rule.bad == 0) & torch.isfinite(square)
-        if self.max_norm:
-            g = g * (self.max_norm / (square.sqrt() + 1e-6)).clamp(max=1.0)
+        if rule.max_norm:
+            g = g * (rule.max_norm / (square.sqrt() + 1e-6)).clamp(max=1.0)
         m, v = torch.lerp(g, self.vector_m, beta1), torch.lerp(g.square(), self.vector_v, beta2)
         new = self.masters - rule.hyper[0] * m / (v.sqrt() * rule.hyper[1] + self.eps)
         for old, value in ((self.masters, new), (self.vector_m, m), (self.vector_v, v)):

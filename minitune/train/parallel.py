@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -60,10 +60,11 @@ class Team:
             torch.cuda.set_device(device)  # kernels and captures take the current one
         return device
 
-    def closing(self, call: Callable[[], None]) -> None:
-        """What gives the terminal back, should another process's death end this one."""
+    def watched(self, close: Callable[[], None], doing: Callable[[], str]) -> None:
+        """close: gives the terminal back, should another process's death end this one. doing: what this one does now,
+        "steps" where a standstill of all is a fault."""
         if self.lifeline is not None:
-            self.lifeline.closing = call
+            self.lifeline.closing, self.lifeline.doing = close, doing
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -109,6 +110,8 @@ class Team:
         """Whether any process wishes so. The hosts wait for each other, the devices don't."""
         if self.size == 1:
             return wish
+        if self.lifeline is not None:
+            self.lifeline.steps += 1  # each step asks
         wishes = torch.tensor(float(wish))
         dist.all_reduce(wishes)
         return bool(wishes > 0)
@@ -184,23 +187,3 @@ def join(config: TrainConfig, after: Callable[[], str]) -> Team:
 def choose_device_type(name: str) -> str:
     """cpu or cuda, also for a name that is no device: that is said later, by all."""
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-class Replicas:
-    """Every process holds all of what learns (an adapter): gradients are added up after backward, so that each makes
-    the same update."""
-
-    def __init__(self, team: Team):
-        self.team = team
-
-    def gather(self, parameters: Sequence[Tensor], loss: Tensor) -> Tensor:
-        """The step's loss; the gradients become the whole step's, in one sum."""
-        grads = [p.grad for p in parameters if p.grad is not None]
-        flat = self.team.sum(torch.cat([loss.reshape(1), *(g.reshape(-1) for g in grads)]))
-        for grad, part in zip(grads, flat[1:].split([g.numel() for g in grads]), strict=True):
-            grad.copy_(part.view_as(grad))
-        return flat[0]
-
-    def norm(self, norm: Tensor) -> Tensor:
-        """The gradient's norm, of this process's."""
-        return norm

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from minitune.checkpoint import hub
@@ -21,17 +19,19 @@ from minitune.config import TrainConfig, UserError, files_of
 from minitune.data import dataset, progress
 from minitune.data.loader import Loader
 from minitune.data.store import EncodedRows
-from minitune.data.template import Encoded, Template
+from minitune.data.template import Template
 from minitune.model.attention import choose_kernel
 from minitune.model.decoder import Decoder
 from minitune.model.fused import FusedStack
 from minitune.model.lora import LoraConfig, attach
 from minitune.model.quantized import PER_WORD, is_packed, packed_linears
-from minitune.train import ahead, fast, full, memory
+from minitune.train import ahead, fast, full, plan
 from minitune.train.full_step import FullStep
+from minitune.train.memory import Choice
 from minitune.train.optim import AdamW, LossScale
 from minitune.train.optim8 import AdamW8
-from minitune.train.parallel import ALONE, Replicas, Team
+from minitune.train.parallel import ALONE, Team
+from minitune.train.replicas import Replicas
 from minitune.train.sharded import Sharded
 from minitune.train.step import Sharing, TrainStep, recompute_layers
 
@@ -54,9 +54,10 @@ class Prepared:
         return self.learn.digest()
 
 
-def prepare(config: TrainConfig, found: Callable[[Path], object] = read_config) -> Prepared:
-    """Reads the model's folder and the data. found: called with the folder before anything slow is read."""
-    base = hub.resolve(config.model, source=config.source)
+def prepare(config: TrainConfig, found: Callable[[Path], object] = read_config, base: Path | None = None) -> Prepared:
+    """Reads the model's folder and the data. found: called with the folder before anything slow is read. base: the
+    folder, where it needs no weights."""
+    base = base or hub.resolve(config.model, source=config.source)
     found(base)  # a model that can't be used is said first
     ahead.imported()
     tokenizer = load_tokenizer(base)
@@ -110,7 +111,7 @@ def training_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
 
 
 def build(
-    config: TrainConfig, ready: Prepared, decoder: Decoder, team: Team = ALONE
+    config: TrainConfig, ready: Prepared, decoder: Decoder, team: Team = ALONE, choice: Choice | None = None
 ) -> tuple[Decoder, AdamW | AdamW8, TrainStep]:
     """The decoder of the base weights with what learns, its optimizer, and the step."""
     decoder.train()
@@ -119,19 +120,26 @@ def build(
         raise UserError(
             f"{ready.base}: the tokenizer gives id {highest}, the weights have {decoder.config.vocab_size} rows"
         )
-    return (decoder, *equip(config, decoder, ready.learn, team))
+    return (decoder, *equip(config, decoder, ready.learn, team, choice))
 
 
 def equip(
-    config: TrainConfig, decoder: Decoder, rows: EncodedRows, team: Team = ALONE
+    config: TrainConfig, decoder: Decoder, rows: EncodedRows, team: Team = ALONE, choice: Choice | None = None
 ) -> tuple[AdamW | AdamW8, TrainStep]:
     """What the decoder learns with: adapters where they are asked for, layers by hand where they serve, optimizer and
-    step."""
-    every = config.method == "full"
-    if every and team.size == 1 and not config.deepspeed:
-        whole = full.choose(config, decoder, full.load_of(config, rows))[1]
-        fast.settle_memory(sparing=whole < len(decoder.layers))
-        return full.equip(config, decoder, whole)
+    step. choice: what was planned; None: it is planned now."""
+    choice = choice or plan.choose(config, decoder, rows, team.size == 1 and not config.deepspeed)
+    optimizer, step = _equip(config, decoder, team, choice)
+    step.chunk = choice.chunk or step.chunk
+    return optimizer, step
+
+
+def _equip(config: TrainConfig, decoder: Decoder, team: Team, choice: Choice) -> tuple[AdamW | AdamW8, TrainStep]:
+    every, alone = config.method == "full", team.size == 1 and not config.deepspeed
+    recompute = choice.whole < len(decoder.layers) or config.gradient_checkpointing == "true"
+    fast.settle_memory(sparing=recompute)
+    if every and alone:
+        return full.equip(dataclasses.replace(config, optim=choice.optim), decoder, choice.whole)  # type: ignore[arg-type]
     try:
         parameters = attach(decoder, lora_of(config), config.seed) if not every else []
     except ValueError as error:
@@ -139,8 +147,6 @@ def equip(
     if every:
         decoder.requires_grad_(True)
     matrices: list[torch.Size] = []
-    recompute = wants_recompute(config, decoder, rows)
-    fast.settle_memory(sparing=recompute)
     if not every and not config.deepspeed and not fast.why_plain(decoder):
         matrices = [p.shape for p in parameters]
         decoder.stack = FusedStack(decoder, keep=not recompute)
@@ -191,52 +197,6 @@ def lora_of(config: TrainConfig) -> LoraConfig:
         raise UserError(str(error)) from None
 
 
-def wants_recompute(config: TrainConfig, decoder: Decoder, rows: EncodedRows) -> bool:
-    """`auto`: where a step that keeps its activations would not fit the card's free memory. The adapters are attached,
-    the optimizer is not made yet."""
-    if config.gradient_checkpointing != "auto" or decoder.device.type != "cuda":
-        return config.gradient_checkpointing == "true"
-    step = config.tokens_per_step or int(np.sort(rows.lengths)[-config.rows_per_step :].sum())
-    tokens = max(rows.longest, min(config.tokens_per_pack, step))
-    kernel = choose_kernel(decoder.device, decoder.dtype, decoder.config.head_dim, rows.longest)
-    by_hand = decoder.lora_config is not None and not config.deepspeed and not fast.why_plain(decoder)
-    needed = memory.beyond_weights(decoder, tokens, kernel, by_hand)
-    # whoever takes four bits has little memory, or other uses for it
-    return needed > (0.3 if config.method == "qlora" else 0.9) * torch.cuda.mem_get_info(decoder.device)[0]
-
-
-def make_loader(
-    config: TrainConfig, rows: Sequence[Encoded], device: torch.device, shuffle: bool = True, team: Team = ALONE
-) -> Loader:
-    # Small packs keep the CPU's caches and memory; a card wants long ones.
-    whole = device.type != "cpu" or config.optim == "adamw_8bit_in_backward"
-    pack = config.tokens_per_pack if whole else min(config.tokens_per_pack, 1024)
-    return Loader(
-        rows,
-        rows_per_step=config.rows_per_step,
-        tokens_per_step=config.tokens_per_step,
-        tokens_per_pack=pack,
-        seed=config.seed,
-        shuffle=shuffle,
-        pin=device.type == "cuda",
-        rank=team.rank,
-        ranks=team.size,
-    )
-
-
-def count_steps(config: TrainConfig, loader: Loader) -> tuple[int, list[int]]:
-    """(steps of the run, steps of each epoch)."""
-    per_epoch: list[int] = []
-    if config.max_steps > 0:
-        while sum(per_epoch) < config.max_steps:
-            per_epoch.append(len(loader.steps(len(per_epoch))))
-        return config.max_steps, per_epoch
-    whole, part = int(config.num_train_epochs), config.num_train_epochs % 1
-    per_epoch = [len(loader.steps(e)) for e in range(whole + (part > 0))]
-    last = math.ceil(per_epoch[-1] * part) if part else per_epoch[-1]
-    return sum(per_epoch[:-1]) + last, per_epoch
-
-
 def describe(config: TrainConfig, decoder: Decoder, step: TrainStep, total: int, loader: Loader) -> list[str]:
     """What is going to happen, a line each."""
     every = sum(getattr(p, "ds_numel", p.numel()) for p in decoder.parameters())  # of DeepSpeed's slices too
@@ -252,8 +212,10 @@ def describe(config: TrainConfig, decoder: Decoder, step: TrainStep, total: int,
         f"learning rate {config.resolved_learning_rate:g}; {kind} on {decoder.device}; {kernel} attention"
     ]
     if loader.ranks > 1 and not config.deepspeed:
-        how = "every parameter sharded (FSDP2)" if config.method == "full" else "adapters' gradients added up"
-        lines.append(f"{loader.ranks} processes, {how}; a step's rows are dealt to them; plain steps, not captured")
+        how, step_kind = "adapters' gradients added up", ""
+        if config.method == "full":
+            how, step_kind = "every parameter sharded (FSDP2)", "; plain steps, not captured"
+        lines.append(f"{loader.ranks} processes, {how}; a step's rows are dealt to them{step_kind}")
     if isinstance(step, FullStep):
         lines.append(full.said(config, step))
     if is_packed(decoder) and not step.by_hand:

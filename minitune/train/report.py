@@ -41,6 +41,7 @@ class Report:
         self._pending: list[tuple[dict[str, Any], StepResult]] = []
         self._since = time.perf_counter()
         self._skipped_in_a_row = 0
+        self.timed: list[tuple[int, float]] = []  # steps and seconds of each log interval, pauses left out
 
     def resume(self, step: int) -> None:
         """Takes up logs that were cut at `step`; later rows of the interrupted run are dropped."""
@@ -90,6 +91,7 @@ class Report:
             row["memory_gib"] = round(memory, 3)
             new.append(row)
         self._pending.clear()
+        self.timed.append((len(new), now - self._since))
         self._since = now
         self._append("log.jsonl", new)
         self.rows += new
@@ -136,6 +138,16 @@ class Report:
         """Leaves time spent elsewhere (saving, held-out loss, answers) out of the next tokens per second."""
         self._since = time.perf_counter()
         self.view.busy("")
+
+    def summary(self) -> dict[str, Any]:
+        """What summary.json says of the log and the device."""
+        losses = [r["loss"] for r in self.rows if r["loss"] is not None]
+        tail = losses[-max(1, len(losses) // 10) :]
+        return {
+            "loss": sum(tail) / len(tail) if tail else None,
+            "peak_memory_gib": round(peak_memory_gib(self.device), 3),
+            "device": device_name(self.device),
+        }
 
     def picture_begins(self) -> None:
         """The log is complete: lets loss.png be drawn while the result is written."""

@@ -23,15 +23,17 @@ from minitune.train import fast, full, parallel, zero_config
 from minitune.train.ahead import Loading
 from minitune.train.checks import check_output, check_settings
 from minitune.train.clock import Clock, process_seconds
+from minitune.train.foresee import Foretold, foresee
 from minitune.train.graph import CapturedStep
 from minitune.train.optim import AdamW, learning_rate_at
 from minitune.train.optim8 import AdamW8
 from minitune.train.parallel import ALONE, Team
-from minitune.train.prepare import Prepared, build, count_steps, describe, make_loader, prepare, resolved
-from minitune.train.report import Report, Silent, device_name, peak_memory_gib
+from minitune.train.prepare import Prepared, build, describe, prepare, resolved
+from minitune.train.report import Report, Silent
 from minitune.train.sharded import Alone, Sharded, sharded_of
 from minitune.train.state import check_same, identity
 from minitune.train.step import TrainStep, held_out_loss
+from minitune.train.steps import count_steps, make_loader
 from minitune.train.stop import Best, Interrupt, Stopped, go_on, how_to_go_on, memory_said
 from minitune.train.track import Trackers
 from minitune.train.view import About, choose
@@ -65,13 +67,11 @@ def train(config: TrainConfig, quiet: bool = False, answer: Answer | None = None
                 team.same("the rows of data", (ready.fingerprint, ready.held_out.digest()))
                 team.same("the newest checkpoint", checkpoint and checkpoint.name)
             memory.longest = ready.learn.longest
-            config = resolved(config, ready, device)
+            config, planned, said = foresee(resolved(config, ready, device), ready, device, loading.shape, team)
+            memory.config, lines = config, [*said, *lines]
             clock.begin("model")
             loaded = loading.result()
-            if config.method == "full":
-                optim = full.optim_of(config, loaded, ready.learn, alone=team.size == 1 and not config.deepspeed)
-                memory.config = config = dataclasses.replace(config, optim=optim)
-            decoder, optimizer, step = build(config, ready, loaded, team)
+            decoder, optimizer, step = build(config, ready, loaded, team, planned.choice if planned else None)
             watch = Watch(config, ready.template, ready.tokenizer, decoder.config.max_position_embeddings, answer)
             loader = make_loader(config, ready.learn, device, team=team)
             total, per_epoch = count_steps(config, loader)
@@ -80,16 +80,16 @@ def train(config: TrainConfig, quiet: bool = False, answer: Answer | None = None
             about = About(total, config.num_train_epochs, title, bool(len(ready.held_out)), watch.prompts)
             kind, view = (Report, choose(about, quiet)) if team.first else (Silent, choose(about, True))
             report = kind(output, total, config.logging_steps, device, view, step.loss_scale is not None)
-            team.closing(report.view.close)
+            team.watched(report.view.close, lambda: clock.name)
             run = Run(config, ready, decoder, optimizer, step, loader, report, watch, total, per_epoch, clock, program)
-            run.team, run.sharded = team, sharded_of(step)
+            run.team, run.sharded, run.foretold = team, sharded_of(step), Foretold(total, planned)
             try:
                 if config.resume:
                     run.restore(checkpoint)
                 lines = [*ready.lines, *lines, *getattr(run.sharded, "lines", ())]
                 for line in [*lines, *describe(config, decoder, step, total, loader)]:
                     report.say(line)
-                if device.type == "cuda" and run.done < total and team.size == 1 and not run.sharded:
+                if device.type == "cuda" and run.done < total and not run.sharded:
                     clock.begin("capture")
                     loading.compiled()
                     run.step, line = fast.quicken(step, loader, per_epoch, total)
@@ -127,6 +127,7 @@ class Run:
     tokens: int = 0
     team: Team = ALONE
     sharded: Sharded | Zero | None = None  # where no process holds all of what learns
+    foretold: Foretold | None = None
 
     def __post_init__(self) -> None:
         self.best = Best(self.config.early_stopping_patience, self.config.early_stopping_threshold)
@@ -162,6 +163,8 @@ class Run:
         self.done += 1
         self.tokens += batch.tokens
         self.report.step(self.done, epoch, rate, batch.tokens, result)
+        if self.foretold and (line := self.foretold.line(self.done, self.report.timed)):
+            self.report.say(line)
         end, better = epoch == int(epoch), False
         if len(self.ready.held_out) and self.due(self.config.eval_steps, end):
             better = self.evaluate()
@@ -227,9 +230,8 @@ class Run:
             "best": self.best.state_dict(),
             **identity(self.config, self.ready),
         }
-        keep = self.best.step if self.config.load_best_model_at_end else 0
-        saved = resume.saved(Path(self.config.output), self.done, state, self.config.save_total_limit, keep)
-        with self.clock.during("saving"), saved as part:
+        keep, limit = self.best.step if self.config.load_best_model_at_end else 0, self.config.save_total_limit
+        with self.clock.during("saving"), resume.saved(Path(self.config.output), self.done, state, limit, keep) as part:
             if self.sharded:
                 self.team.all_of(str(part))
                 self.sharded.save(part, self.optimizer)
@@ -304,37 +306,35 @@ class Run:
         output = Path(self.config.output)
         self.report.view.busy("writing the result …")
         self.report.picture_begins()
-        held = self.report.evals[-1][1] if self.report.evals else None
+        held, step = self.report.evals[-1][1] if self.report.evals else None, self.done
         if self.config.load_best_model_at_end and self.best.step not in (0, self.done):
             best = output / f"checkpoint-{self.best.step}"
             if (best / resume.STATE).is_file():
                 self.load_weights(best)
-                held = self.best.loss
+                held, step = self.best.loss, self.best.step
             else:
                 self.report.say(f"note: {best} is gone; {output} holds the weights of step {self.done} instead")
         if not self.team.first:
             self.help_saving(checkpoint=False)
             return {}
         with moved_into(output) as part:
-            self.write(part)
+            if self.sharded or not resume.linked(output / f"checkpoint-{step}", part):
+                self.write(part)
         if isinstance(self.step, CapturedStep) and (plain := self.step.plain_steps):
             self.report.say(f"note: {plain} steps ran plain: no captured capacity held them")
         self.report.picture()
-        losses = [r["loss"] for r in self.report.rows if r["loss"] is not None]
-        tail = losses[-max(1, len(losses) // 10) :]
         summary = {
             "steps": self.done,
             "tokens": self.tokens,
             "seconds": round(time.perf_counter() - started, 2),
-            "loss": sum(tail) / len(tail) if tail else None,
             "eval_loss": held,
             "best_step": self.best.step or None,
             "best_eval_loss": self.best.loss,
             "stopped_early": self.best.stop and self.done < self.total,
-            "peak_memory_gib": round(peak_memory_gib(self.decoder.device), 3),
             "method": self.config.method,
             "dtype": str(self.decoder.dtype).removeprefix("torch."),
-            "device": device_name(self.decoder.device),
+            **self.report.summary(),
+            **(self.foretold.summary(self.report.timed) if self.foretold else {}),
         }
         write_text(output / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False))
         return summary

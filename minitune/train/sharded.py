@@ -22,6 +22,7 @@ from minitune.train.optim import AdamW
 from minitune.train.optim8 import AdamW8
 from minitune.train.parallel import Team
 
+WHOLE = 0.1  # of a card's memory: what whole weights may take from forward to backward
 MOMENTS = "optimizer"  # the folder in a checkpoint, in the form of torch.distributed.checkpoint
 
 
@@ -38,16 +39,19 @@ class Sharded:
         )
 
         self.team, self.decoder = team, decoder
-        decoder.padding = 0  # the zero rows behind the head are not sharded
+        decoder.padding = 0  # the zero rows behind the head are not sharded: the loss pads a copy
         self.mesh = init_device_mesh(decoder.device.type, (team.size,))
-        exact = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-        for module in [*decoder.layers, decoder]:
-            fully_shard(module, mesh=self.mesh, mp_policy=exact)
+        # A slice's gradient is kept in the weights' dtype: of two, the sum in it is the sum in float32, rounded.
+        exact = MixedPrecisionPolicy(reduce_dtype=torch.float32 if team.size > 2 else None)
+        again = not keeps_whole(team, decoder)
+        for layer in decoder.layers:
+            fully_shard(layer, mesh=self.mesh, mp_policy=exact, reshard_after_forward=again)
+        fully_shard(decoder, mesh=self.mesh, mp_policy=exact)
         register_fsdp_forward_method(decoder, "hidden")
-        for module in decoder.modules():
-            if isinstance(module, FSDPModule):  # sums, not means: the loss is divided by the whole step's tokens
-                module.set_force_sum_reduction_for_comms(True)
-                module.set_gradient_divide_factor(1.0)
+        self.modules = [module for module in decoder.modules() if isinstance(module, FSDPModule)]
+        for module in self.modules:  # sums, not means: the loss is divided by the whole step's tokens
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
         self.names = [name for name, _ in decoder.named_parameters()]
         self.whole: list[Any] = list(decoder.parameters())
         self.parameters = [nn.Parameter(p.detach().to_local()) for p in self.whole]  # the same memory
@@ -71,19 +75,24 @@ class Sharded:
         """Nothing: there is no adapter."""
         return contextlib.nullcontext()
 
+    def _reshard(self) -> None:
+        """A held-out loss leaves weights whole."""
+        for module in self.modules:
+            module.reshard()
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(hub name, whole tensor) of every parameter, one at a time; all processes must take part."""
-        self.decoder.reshard()  # type: ignore[operator]  # a held-out loss leaves some gathered
+        self._reshard()
         held, full = None, torch.empty(0)
         for name, (tensor, rows) in hub_places(self.decoder).items():
             if tensor is not held:
-                held, full = tensor, tensor.detach().full_tensor()  # type: ignore[attr-defined]
+                held, full = tensor, tensor.detach().full_tensor().cpu()  # type: ignore[attr-defined]
             yield name, full if rows is None else full[rows]
 
     @torch.no_grad()
     def load_weights(self, folder: Path) -> None:
         """Each process's slices, from a hub folder."""
-        self.decoder.reshard()  # type: ignore[operator]
+        self._reshard()
         mine = {id(whole): local for whole, local in zip(self.whole, self.parameters, strict=True)}
         places = hub_places(self.decoder)
         with Shards(folder) as files:
@@ -131,6 +140,13 @@ class Sharded:
                     local, self.mesh, [Shard(0)], run_check=False, shape=like.shape, stride=like.stride()
                 )
         return out
+
+
+def keeps_whole(team: Team, decoder: Decoder) -> bool:
+    """Whether layers stay whole from forward to backward: they cross between the cards once a pack instead of twice.
+    The same for all processes."""
+    card = torch.cuda.mem_get_info(decoder.device)[1] if decoder.device.type == "cuda" else 0
+    return not team.any(sum(p.nbytes for p in decoder.parameters()) > WHOLE * card)
 
 
 def moments(optimizer: AdamW | AdamW8, names: Sequence[str]) -> dict[str, Tensor]:

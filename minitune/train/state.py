@@ -14,7 +14,7 @@ from minitune.train.prepare import Prepared
 
 # Settings that may differ between a run and its resumption: none of them changes what is computed.
 FREE = {"resume", "output", "source", "logging_steps", "save_steps", "save_total_limit", "eval_steps", "track"}
-FREE |= {"profile", "join_timeout", "deepspeed"}  # whether DeepSpeed saved it, who loads it says
+FREE |= {"profile", "join_timeout", "memory", "deepspeed"}  # whether DeepSpeed saved it, who loads it says
 FREE |= {"watch", "watch_steps", "watch_max_new_tokens", "watch_temperature"}
 FREE |= {"early_stopping_patience", "early_stopping_threshold", "load_best_model_at_end"}
 # Only the order of additions differs: allowed, since a run that ran out of memory needs it, and said.

@@ -97,6 +97,7 @@ class TrainStep:
         self.dropout, self.seed, self.max_grad_norm, self.sharing = dropout, seed, max_grad_norm, sharing
         self.step_index = torch.zeros((), dtype=torch.int64, device=decoder.device)
         self.chunk = chunk_of(decoder)
+        self.keeps_gradients = decoder.stack is not None  # their memory, from step to step
 
     @property
     def by_hand(self) -> bool:
@@ -115,6 +116,10 @@ class TrainStep:
 
     def run(self, packs: list[Pack], share: Tensor) -> StepResult:
         """Everything that happens on the device: what `graph.capture` records. `share` is 1 / supervised tokens."""
+        return self.update(self.gather(self.gradients(packs, share)))
+
+    def gradients(self, packs: list[Pack], share: Tensor) -> Tensor:
+        """The step's first half: these packs' loss, their gradients added to what is there."""
         loss = torch.zeros((), device=self.decoder.device)
         if self.decoder.stack is not None:
             self.decoder.stack.refresh()
@@ -122,14 +127,19 @@ class TrainStep:
             part = pack_loss(self.decoder, pack, self._dropout(pack), self.chunk) * share
             (part if self.loss_scale is None else part * self.loss_scale.scale).backward()
             loss += part.detach()
-        return self._update(loss if self.sharing is None else self.sharing.gather(self.optimizer.parameters, loss))
+        return loss
+
+    def gather(self, loss: Tensor) -> Tensor:
+        """Between the halves: loss and gradients of all processes."""
+        return loss if self.sharing is None else self.sharing.gather(self.optimizer.parameters, loss)
 
     def _dropout(self, pack: Pack) -> Dropout | None:
         if not self.dropout:
             return None
         return Dropout.at(self.seed, self.step_index, pack.token_uids, self.dropout)
 
-    def _update(self, loss: Tensor) -> StepResult:
+    def update(self, loss: Tensor) -> StepResult:
+        """The second half: clipping and the optimizer."""
         grads = [p.grad for p in self.optimizer.parameters if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, torch.float32)))
         if self.sharing is not None:
@@ -142,7 +152,7 @@ class TrainStep:
         self.optimizer.step(divisor, skip)
         if self.loss_scale is not None:
             self.loss_scale.update(skip)
-        self.optimizer.zero_grad(keep=self.decoder.stack is not None)
+        self.optimizer.zero_grad(keep=self.keeps_gradients)
         self.step_index += 1
         return StepResult(loss, norm, skip)
 

@@ -142,6 +142,8 @@ def mends(config: TrainConfig, longest: int, on_card: bool) -> tuple[list[str], 
     """What would take less memory, with what it costs: flags that leave the run what it is, and flags that make it
     another. longest: tokens of the longest row, 0 where it is not known yet."""
     same, other = [], []
+    if config.memory:
+        same.append("a larger --memory")
     if config.gradient_checkpointing != "true":
         same.append("--gradient_checkpointing true (a third more time)")
     step = config.tokens_per_step or config.rows_per_step * longest
@@ -175,6 +177,8 @@ class memory_said:  # noqa: N801 (used as a function is)
         where = out_of_memory(error) if error else ""
         if not where:
             return
+        if self.config.memory and self.on_card:
+            where = where.replace("on the card", f"within --memory {self.config.memory}")
         same, other = mends(self.config, self.longest, self.on_card)
         last = resume.newest(Path(self.config.output))
         with_resume = f"; with --resume it goes on from {last}, which is good" if last and same else ""

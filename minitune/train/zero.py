@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from minitune.checkpoint import resume
 from minitune.checkpoint.shards import Shards
-from minitune.checkpoint.weights import hub_places, write_safetensors
+from minitune.checkpoint.weights import hub_places
+from minitune.checkpoint.writing import write_safetensors
 from minitune.config import TrainConfig, UserError
 from minitune.data.loader import Pack, StepBatch
 from minitune.model.decoder import Decoder
@@ -63,7 +64,7 @@ class Zero:
         self.named = [(name, p) for name, p in decoder.named_parameters() if p.requires_grad]
         self.stage = zero_config.stage_of(ds)
         if self.stage == 3 or config.method == "full":
-            decoder.padding = 0  # DeepSpeed moves the head, and not the zero rows behind it
+            decoder.padding = 0  # DeepSpeed moves the head, and not the zero rows behind it: the loss pads a copy
         matrices, rest = ([p for _, p in self.named if (p.ndim > 1) == kind] for kind in (True, False))
         kinds = ((matrices, config.weight_decay), (rest, 0.0))
         groups = [{"params": found, "weight_decay": decay} for found, decay in kinds if found]

@@ -15,8 +15,8 @@ from minitune.config import TrainConfig, UserError
 
 MISSING = "--deepspeed: the package is not installed; pip install 'minitune[deepspeed]', or leave --deepspeed out"
 # A parameter's float32 master (4), its gradient (4), two moments (8) and a 16-bit buffer (2), as DeepSpeed 0.19.8 holds
-# them for ZeRO 2; 2 more where a step is several packs.
-STATE_BYTES = 18
+# them for ZeRO 2; 2 more where a step is several packs. Not measured for ZeRO 3, whose weights may lie there too.
+STATE_BYTES, WEIGHT_BYTES = 18, 2
 
 # Outer ones first.
 ZERO = "zero_optimization"
@@ -219,8 +219,11 @@ def preflight(config: TrainConfig, base: Path) -> list[str]:
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Decoder(read_config(base)).parameters())
     here = local_size() / int(os.environ.get("WORLD_SIZE", "1"))
-    need, have = parameters * STATE_BYTES * here / 2**30, available_gib()
-    line = f"AdamW on the CPU ({instruction_set()}): {need:.1f} GiB of masters, gradients and moments"
+    weights = stage_of(raw) == 3 and block(raw, "zero_optimization", "offload_param").get("device") == "cpu"
+    each = STATE_BYTES + (WEIGHT_BYTES if weights else 0)
+    need, have = parameters * each * here / 2**30, available_gib()
+    what = "weights, masters, gradients" if weights else "masters, gradients"
+    line = f"AdamW on the CPU ({instruction_set()}): {need:.1f} GiB of {what} and moments"
     if have is not None and need > have:
         raise UserError(f"{line}, {have:.1f} GiB are free; take --method lora, or a machine with more memory")
     return [line if have is None else f"{line}, of {have:.1f} GiB free"]

@@ -20,7 +20,8 @@ from torch import Tensor
 from minitune import UserError
 from minitune.checkpoint import filling
 from minitune.checkpoint.shards import Shards
-from minitune.checkpoint.weights import filled, hub_parameters, load_decoder, read_config, skeleton, write_safetensors
+from minitune.checkpoint.weights import filled, hub_parameters, load_decoder, read_config, skeleton
+from minitune.checkpoint.writing import write_safetensors
 from minitune.model.decoder import Decoder
 
 CONFIG = {

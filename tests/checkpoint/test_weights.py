@@ -28,8 +28,8 @@ from minitune.checkpoint.weights import (
     hub_tensors,
     load_decoder,
     read_config,
-    write_safetensors,
 )
+from minitune.checkpoint.writing import write_safetensors
 from minitune.model.decoder import Decoder
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from minitune.checkpoint.adapter import save_adapter
-from minitune.checkpoint.weights import hub_tensors, load_decoder, write_safetensors
+from minitune.checkpoint.weights import hub_tensors, load_decoder
+from minitune.checkpoint.writing import write_safetensors
 from minitune.model.decoder import Decoder, DecoderConfig
 from minitune.model.lora import LoraConfig, attach
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from twins import SCALARS, hub_twin, rewrite_config
 
-from minitune.checkpoint import weights
+from minitune.checkpoint import weights, writing
 from minitune.checkpoint.tokenizer import load_tokenizer
 from minitune.config import UserError
 from minitune.data.forms import Message
@@ -466,14 +466,14 @@ def test_nothing_half_written(golden: Golden, tmp_path: Path, fail: str, monkeyp
         "safetensors": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
         "interrupt": KeyboardInterrupt(),
     }[fail]
-    whole = weights.save_tensors
+    whole = writing.save_tensors
 
     def second_fails(tensors: dict[str, Tensor], path: Path) -> None:
         whole(tensors, path)
         if "1" in path.name:
             raise error
 
-    monkeypatch.setattr(weights, "save_tensors", second_fails)
+    monkeypatch.setattr(writing, "save_tensors", second_fails)
     with pytest.raises(KeyboardInterrupt if fail == "interrupt" else UserError) as caught:
         export(golden("tiny-2b"), output=tmp_path / "out", quiet=True, max_shard_bytes=100_000)
     assert not list(tmp_path.iterdir())

@@ -151,7 +151,16 @@ def cells(row: str) -> list[str]:
 
 
 PAIRS = [page for page in PAGES if page.with_suffix(".zh-CN.md").exists()]
-IN_BOTH = {"README", "concepts", "from-the-tutorial", "scale", "settings", "troubleshooting", "which-method"}
+IN_BOTH = {
+    "README",
+    "concepts",
+    "from-the-tutorial",
+    "scale",
+    "settings",
+    "troubleshooting",
+    "which-card",
+    "which-method",
+}
 
 
 def test_pages_for_users_are_in_both_languages() -> None:

@@ -129,8 +129,8 @@ def test_three_hops() -> None:
     assert "train" in calls("cli/train.py", "call_train")
     assert "run.loop" in calls("train/run.py", "train")
     assert "self.one" in calls("train/run.py", "loop") and "self.step" in calls("train/run.py", "one")
-    assert "self._update" in calls("train/step.py", "run")
-    assert "self.optimizer.step" in calls("train/step.py", "_update")
+    assert "self.update" in calls("train/step.py", "run")
+    assert "self.optimizer.step" in calls("train/step.py", "update")
 
 
 def minitune(*argv: str) -> subprocess.CompletedProcess[str]:

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +96,13 @@ def free_port() -> int:
 class Launch:
     """`size` processes of one command, started at once; what each says is in `said`, by rank."""
 
-    def __init__(self, processes: Any, folder: Path, argvs: list[list[str]], missing: int = 0):
+    def __init__(
+        self, processes: Any, folder: Path, argvs: list[list[str]], missing: int = 0, body: Callable[..., None] = one_of
+    ):
         """missing: processes that the others wait for, and that are never started."""
         self.log, port, size = folder / f"said-{time.monotonic_ns()}", free_port(), len(argvs) + missing
         make = processes.Process
-        self.ranks = [make(target=one_of, args=(argv, str(self.log), r, size, port)) for r, argv in enumerate(argvs)]
+        self.ranks = [make(target=body, args=(argv, str(self.log), r, size, port)) for r, argv in enumerate(argvs)]
         for process in self.ranks:
             process.start()
 

@@ -21,9 +21,9 @@ from runs import argv_of, with_
 
 import minitune
 from minitune import TrainConfig, UserError, train
-from minitune.checkpoint import filling
+from minitune.checkpoint import filling, weights
 from minitune.cli import main
-from minitune.train import ahead, prepare
+from minitune.train import ahead, fast, prepare
 from minitune.train.ahead import Loading
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -287,3 +287,33 @@ def test_bad_settings_are_said_at_once(own: TrainConfig) -> None:
     ran = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert ran.returncode == 2 and ran.stderr.startswith("minitune: give one of --eval_data")
     assert ran.stdout == "heavy: []\n"
+
+
+@pytest.mark.parametrize(
+    ("method", "deepspeed", "size", "want"),
+    [
+        ("lora", "", "1", ["lora"]),
+        ("lora", "", "2", ["lora"]),
+        ("full", "", "1", ["full"]),
+        ("full", "", "2", []),
+        ("lora", "ds.json", "1", []),
+        ("full", "ds.json", "1", []),
+    ],
+)
+def test_what_is_launched_is_compiled_early(
+    own: TrainConfig, monkeypatch: pytest.MonkeyPatch, method: Any, deepspeed: str, size: str, want: list[str]
+) -> None:
+    """No kernels and no room for adapters where the engine's layers are plain."""
+    monkeypatch.setenv("WORLD_SIZE", size)
+    did: list[str] = []
+    monkeypatch.setattr(fast, "compile_early", lambda *a: did.append("lora"))
+    monkeypatch.setattr(fast, "compile_full_early", lambda *a: did.append("full"))
+    monkeypatch.setattr(fast, "why_not_on", lambda device: "")
+    strips: list[Any] = []
+    monkeypatch.setattr(weights, "filled", lambda *a: strips.append(a[4]))
+    with Loading(with_(own, method=method, deepspeed=deepspeed), torch.device("cpu")) as loading:
+        loading.begin(Path(own.model))
+        loading.compiled()
+        assert loading._done.wait(20)
+    assert did == want
+    assert [strip is not None for strip in strips] == [want == ["lora"]]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minitune.train import loss
 from minitune.train.loss import cross_entropy_sum
 
 H, V = 24, 53
@@ -29,11 +30,11 @@ def test_loss_and_gradients(rows: int, chunk: int, learns: tuple[bool, bool]) ->
     h, weight, targets = case(rows)
     own = [t.clone().requires_grad_(on) for t, on in zip((h, weight), learns, strict=True)]
     other = [t.clone().requires_grad_(on) for t, on in zip((h, weight), learns, strict=True)]
-    loss = cross_entropy_sum(own[0], own[1], targets, chunk)
+    total = cross_entropy_sum(own[0], own[1], targets, chunk)
     want = F.cross_entropy(other[0] @ other[1].T, targets, ignore_index=-100, reduction="sum")
-    assert loss.shape == () and loss.dtype == torch.float32
-    torch.testing.assert_close(loss, want)
-    (loss * 0.37).backward()
+    assert total.shape == () and total.dtype == torch.float32
+    torch.testing.assert_close(total, want)
+    (total * 0.37).backward()
     (want * 0.37).backward()
     for a, b in zip(own, other, strict=True):
         assert (a.grad is None) == (b.grad is None)
@@ -53,11 +54,11 @@ def test_chunks_change_nothing(rows: int, chunk: int, seed: int, ignored: float)
     h, weight, targets = case(rows, seed, ignored)
     want = F.cross_entropy(h @ weight.T, targets, ignore_index=-100, reduction="sum") if rows else torch.zeros(())
     h.requires_grad_(True)
-    loss = cross_entropy_sum(h, weight, targets, chunk)
+    total = cross_entropy_sum(h, weight, targets, chunk)
     with torch.no_grad():
         torch.testing.assert_close(cross_entropy_sum(h, weight, targets, chunk), want, atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(loss, want, atol=1e-4, rtol=1e-5)
-    loss.backward()
+    torch.testing.assert_close(total, want, atol=1e-4, rtol=1e-5)
+    total.backward()
     assert h.grad is not None and h.grad.shape == h.shape
     assert not h.grad[targets < 0].any()
 
@@ -72,13 +73,31 @@ def test_tied_weight_gets_both_gradients() -> None:
     torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4)
 
 
+def test_a_head_without_rows_behind_it_is_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A width that the matrix units don't take: a copy with zero rows gives the same loss and gradients."""
+    h, weight, targets = case(20)
+    monkeypatch.setattr(loss, "unit_of", lambda device: 8)
+    assert loss.head_of(weight, 0, 8).shape == (56, H)
+    assert loss.head_of(weight, 0, 1).data_ptr() == weight.data_ptr()
+    own, other = [[t.clone().requires_grad_(True) for t in (h, weight)] for _ in range(2)]
+    ours = cross_entropy_sum(*own, targets, 8)
+    want = F.cross_entropy(other[0] @ other[1].T, targets, ignore_index=-100, reduction="sum")
+    torch.testing.assert_close(ours, want)
+    with torch.no_grad():
+        torch.testing.assert_close(cross_entropy_sum(*own, targets, 8), want)
+    ours.backward()
+    want.backward()
+    for a, b in zip(own, other, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4)
+
+
 def test_large_logits_stay_finite() -> None:
     """Logits of hundreds do not overflow: the softmax is shifted."""
     h, weight, targets = case(9)
     h = (h * 100).requires_grad_(True)
-    loss = cross_entropy_sum(h, weight, targets, 4)
-    torch.testing.assert_close(loss, F.cross_entropy(h @ weight.T, targets, ignore_index=-100, reduction="sum"))
-    loss.backward()
+    total = cross_entropy_sum(h, weight, targets, 4)
+    torch.testing.assert_close(total, F.cross_entropy(h @ weight.T, targets, ignore_index=-100, reduction="sum"))
+    total.backward()
     assert h.grad is not None and h.grad.isfinite().all()
 
 
@@ -86,11 +105,11 @@ def test_bf16_sums_in_float32() -> None:
     """bf16 hidden states and head: the loss is a float32 of float32 log-softmax; gradients come in bf16."""
     h, weight, targets = (t.bfloat16() if t.is_floating_point() else t for t in case(200))
     h.requires_grad_(True)
-    loss = cross_entropy_sum(h, weight, targets, 64)
+    total = cross_entropy_sum(h, weight, targets, 64)
     logits = F.linear(h.detach(), weight).double()
     want = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
-    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(want.item(), rel=1e-5)
-    loss.backward()
+    assert total.dtype == torch.float32 and total.item() == pytest.approx(want.item(), rel=1e-5)
+    total.backward()
     assert h.grad is not None and h.grad.dtype == torch.bfloat16
     exact = h.detach().float().requires_grad_(True)
     F.cross_entropy(exact @ weight.float().T, targets, ignore_index=-100, reduction="sum").backward()

@@ -1,54 +1,78 @@
-"""What a step holds beyond the weights: against a card's figures, and against what autograd and `model.fused` keep."""
+"""What a run holds: against a card's figures, and against what autograd and `model.fused` keep; what is chosen by it."""
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_graph import decoder_on
-from test_plain_captured import CARD, card_of
 from torch import Tensor
 
-from minitune.config import TrainConfig
+from minitune.config import TrainConfig, UserError, bytes_of
 from minitune.data.store import EncodedRows
 from minitune.data.template import Encoded
-from minitune.model import kernels
 from minitune.model.attention import PackedLayout
-from minitune.model.decoder import Decoder, DecoderConfig
+from minitune.model.decoder import DecoderConfig
 from minitune.model.lora import Dropout, LoraConfig, attach
-from minitune.train import full, memory
-from minitune.train.prepare import wants_recompute
+from minitune.train import cards, memory
+from minitune.train.memory import GIB, Choice, Setup
+from minitune.train.plan import CHOICES, Plan, Planner, planner_for
 
-GIB = 2**30
+MINICPM_2B = DecoderConfig(122753, 2304, 5760, 40, 36, 36, 64)
+RESULTS = Path(__file__).resolve().parents[2] / "bench" / "RESULTS.md"
+EIGHT = "adamw_8bit_in_backward"
+# (settings, whole layers, reserved GiB, the driver's GiB, ms a step) and the beginning of their line in RESULTS.md.
+MEASURED: list[tuple[dict[str, Any], int, float, float, float, str]] = [
+    ({}, 40, 7.36, 8.18, 19.4, "fused, another machine, logits of 512 rows at a time"),
+    ({}, 1, 5.64, 6.38, 25.5, "recomputed, the same run"),
+    ({"tokens_per_step": 8192}, 40, 23.0, 23.9, 178, "fused, 8,149 tokens (a fourth)"),
+    ({"tokens_per_step": 16384}, 40, 40.5, 41.4, 352, "fused, 16,351 tokens (the same)"),
+    ({"tokens_per_step": 8192}, 1, 7.71, 8.46, 241, "recomputed, 8,149 tokens (the same)"),
+    ({"optim": EIGHT}, 12, 11.63, 12.38, 47.0, f"{EIGHT}, 12 of 40 layers kept, 804 tokens"),
+    ({"optim": EIGHT}, 40, 12.26, 13.06, 42.2, "the same, 40 kept (the second)"),
+    ({"optim": "adamw_8bit"}, 34, 16.95, 17.64, 44.7, "adamw_8bit, 34 kept, exact global norm (the second)"),
+    ({"optim": EIGHT, "tokens_per_step": 8192}, 1, 13.10, 13.87, 318, f"{EIGHT}, 8,156 tokens, 1 kept"),
+    ({"optim": EIGHT, "tokens_per_step": 8192}, 40, 27.05, 27.87, 251, "the same, 40 kept |"),
+    ({"optim": "adamw"}, 40, 50.89, 51.66, 78.3, ""),  # the same day, by the same script
+    ({"optim": "adamw_8bit", "tokens_per_step": 8192}, 40, 31.48, 32.23, 253, ""),
+]
 
 
-def minicpm_2b(monkeypatch: pytest.MonkeyPatch, lora: bool = True) -> Decoder:
-    """Its shape without numbers, on what says that it is an H100."""
-    config = DecoderConfig(122753, 2304, 5760, 40, 36, 36, 64)
-    with torch.device("meta"):
-        decoder = Decoder(config)
-    decoder.allocate(torch.device("meta"), torch.bfloat16)
-    if lora:
-        attach(decoder, LoraConfig())
-    else:
-        decoder.requires_grad_(True)
-    monkeypatch.setattr(kernels, "AVAILABLE", True)
-    monkeypatch.setattr(Decoder, "device", property(lambda self: CARD))
-    card_of(monkeypatch, 9, 0)
-    return decoder
+@pytest.fixture(scope="module")
+def real(shared: Path) -> EncodedRows:
+    """Rows of the real data's lengths."""
+    lengths = json.loads((shared / "bench" / "huanhuan_lengths.json").read_text(encoding="utf-8"))
+    return EncodedRows.of([Encoded([5] * (p + a), [-100] * p + [5] * a) for p, a in lengths])
 
 
-@pytest.mark.parametrize(
-    ("tokens", "recompute", "measured"),
-    [(896, False, 7.36), (8192, False, 23.41), (16384, False, 40.76), (896, True, 5.64), (8192, True, 7.71)],
-)
-def test_the_figures_of_a_card(monkeypatch: pytest.MonkeyPatch, tokens: int, recompute: bool, measured: float) -> None:
-    """Reserved GiB of bench/RESULTS.md (H100, 2026-11-28, fused and recomputed), within a twentieth."""
-    decoder = minicpm_2b(monkeypatch)
-    weights = sum(p.numel() * p.element_size() for p in decoder.parameters())
-    needed = weights + memory.beyond_weights(decoder, tokens, "short", by_hand=True, recompute=recompute)
-    assert needed / GIB == pytest.approx(measured, rel=0.05)
+def on_h100(config: TrainConfig, rows: EncodedRows) -> Planner:
+    return planner_for(config, MINICPM_2B, rows, rows[:0], cards.named("H100"))
+
+
+@pytest.mark.parametrize("case", MEASURED, ids=lambda case: f"{case[0]} {case[1]}")
+def test_the_figures_of_a_card(real: EncodedRows, case: tuple[dict[str, Any], int, float, float, float, str]) -> None:
+    """Within a twentieth of what an H100 reserved, of what its driver counted, and of the time of a step: the run is
+    the bench's, 60 steps of 16 rows or one epoch, and the figures are those of the line in RESULTS.md."""
+    settings, whole, reserved, driver, milliseconds, source = case
+    if source:
+        (line,) = [row for row in RESULTS.read_text(encoding="utf-8").splitlines() if row.startswith(f"| {source}")]
+        figures = re.findall(r"(?<=\| )[\d.]+(?= \|)", line.replace("*", "").replace(",", ""))
+        assert {reserved, driver, milliseconds} <= set(map(float, figures))
+    full = "optim" in settings
+    pack = max(8192, settings.get("tokens_per_step", 0))
+    steps = {} if "tokens_per_step" in settings else {"max_steps": 60}
+    config = TrainConfig(
+        method="full" if full else "lora", seed=1, tokens_per_pack=pack, num_train_epochs=1, **steps, **settings
+    )
+    planner = on_h100(config, real)
+    made = planner._made(config, planner.setup(config), Choice(settings.get("optim", "adamw"), whole, pack))
+    assert made.parts.reserved / GIB == pytest.approx(reserved, rel=0.05)
+    assert made.parts.total / GIB == pytest.approx(driver, rel=0.05)
+    assert made.seconds is not None and 1e3 * made.seconds == pytest.approx(milliseconds, rel=0.1)
 
 
 def storages(tensors: list[Tensor], tokens: int) -> int:
@@ -114,60 +138,160 @@ def test_what_a_layer_keeps(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
                 decoder.hidden(ids, positions, layout, dropout)
         return storages(held, tokens)
 
+    lora = None if kind.startswith("full") else LoraConfig(4, target_modules="all-linear")
+    lora = LoraConfig(4) if lora is not None and kind != "all-linear" else lora
+    setup = Setup(decoder.config, "full" if lora is None else "lora", 2, (8, 0) if by_hand else (7, 5), True, 16, lora)
+    assert setup.by_hand == by_hand
     slope = (kept(96) - kept(32)) / 64
     layers = len(decoder.layers)
     if kind == "by hand, recomputed":
         # inputs and the strips of q|k|v and o; the last layer whole
         want: float = (layers - 1) * (decoder.config.hidden_size + 2 * 64) * 2
-        want += memory.layer_bytes(decoder, layers - 1, "short", by_hand)
+        want += memory.layer_bytes(setup, "short", layers - 1)
     else:
-        want = sum(memory.layer_bytes(decoder, i, "short" if by_hand else "masked", by_hand) for i in range(layers))
+        want = sum(memory.layer_bytes(setup, "short" if by_hand else "masked", i) for i in range(layers))
     assert slope == pytest.approx(want, rel=0.01 if by_hand else 0.1)
 
 
-@pytest.mark.parametrize(
-    ("free", "settings", "want"),
-    [
-        (70, {}, False),
-        (6, {}, False),
-        (3, {}, True),
-        (3, {"tokens_per_pack": 256}, False),
-        (3, {"gradient_checkpointing": "false"}, False),
-        (70, {"tokens_per_step": 30_000, "tokens_per_pack": 30_000}, True),
-        (70, {"gradient_checkpointing": "true"}, True),
-    ],
-)
-def test_when_layers_are_recomputed(
-    monkeypatch: pytest.MonkeyPatch, free: float, settings: dict[str, Any], want: bool
-) -> None:
-    """By the card's free memory, the longest rows that a step may hold and the pack's limit."""
-    decoder = minicpm_2b(monkeypatch)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * GIB, 80 * GIB))
-    rows = EncodedRows.of([Encoded([5] * n, [5] * n) for n in [56] * 99 + [200]])
-    assert wants_recompute(TrainConfig(**settings), decoder, rows) == want
+def rows_of(*lengths: int) -> EncodedRows:
+    return EncodedRows.of([Encoded([5] * n, [-100] * (n // 2) + [5] * (n - n // 2)) for n in lengths])
+
+
+SHORT = rows_of(*([56] * 99), 200)
+
+
+def planned(gib: float, rows: EncodedRows = SHORT, **settings: Any) -> Plan:
+    """On an H100 with so many GiB for the run."""
+    config = TrainConfig(**settings)
+    planner = on_h100(config, rows)
+    planner.room = planner.whole = int(gib * GIB)
+    return planner.plan(config)
 
 
 @pytest.mark.parametrize(
-    ("free", "settings", "want"),
+    ("gib", "settings", "optim", "least", "most"),
     [
-        (72, {}, ("adamw", 40)),  # 20 bytes a parameter less the 2 that are there: some 46 GiB
-        (52, {}, ("adamw", 11)),
-        (17, {}, ("adamw_8bit", 40)),
-        (12.6, {}, ("adamw_8bit", 10)),
-        (8, {}, ("adamw_8bit_in_backward", 28)),
-        (3, {}, ("adamw_8bit_in_backward", 1)),  # it will end in a line about memory
-        (72, {"optim": "adamw_8bit_in_backward", "gradient_checkpointing": "true"}, ("adamw_8bit_in_backward", 1)),
-        (17, {"gradient_checkpointing": "false"}, ("adamw_8bit", 40)),
-        (8, {"tokens_per_pack": 512}, ("adamw_8bit", 1)),  # a step of several packs is not taken inside backward
+        (70, {}, "adamw", 40, 40),
+        (10, {}, "adamw", 40, 40),
+        (7, {}, "adamw", 1, 1),
+        (7, {"gradient_checkpointing": "false"}, "adamw", 40, 40),
+        (25, {"tokens_per_step": 5600, "num_train_epochs": 1}, "adamw", 40, 40),
+        (12, {"tokens_per_step": 5600, "num_train_epochs": 1}, "adamw", 1, 1),
+        (70, {"gradient_checkpointing": "true"}, "adamw", 1, 1),
+        (56, {"method": "full"}, "adamw", 40, 40),  # 20 bytes a parameter: 50.8 GiB, and activations
+        (53.4, {"method": "full"}, "adamw", 40, 40),  # its masters' gradients come when the activations are gone
+        (20, {"method": "full"}, "adamw_8bit", 40, 40),
+        (17.4, {"method": "full"}, "adamw_8bit", 2, 39),
+        (13, {"method": "full"}, EIGHT, 2, 39),
+        (3, {"method": "full"}, EIGHT, 1, 1),
+        (80, {"method": "full", "optim": EIGHT, "gradient_checkpointing": "true"}, EIGHT, 1, 1),
+        (20, {"method": "full", "gradient_checkpointing": "false"}, "adamw_8bit", 40, 40),
+        (13, {"method": "full", "tokens_per_pack": 512}, "adamw_8bit", 1, 1),  # several packs are not taken inside
+        (80, {"method": "full", "dtype": "float16"}, "adamw", 40, 40),
     ],
 )
-def test_what_a_full_run_takes(
-    monkeypatch: pytest.MonkeyPatch, free: float, settings: dict[str, Any], want: tuple[str, int]
-) -> None:
-    """The first optimizer that fits, and about as many whole layers as fit with it."""
-    decoder = minicpm_2b(monkeypatch, lora=False)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * GIB, 80 * GIB))
-    rows = EncodedRows.of([Encoded([5] * n, [-100] * (n // 2) + [5] * (n - n // 2)) for n in [56] * 99 + [200]])
-    config = TrainConfig(method="full", **settings)
-    name, whole = full.choose(config, decoder, full.load_of(config, rows))
-    assert name == want[0] and abs(whole - want[1]) <= 1
+def test_what_a_run_takes(gib: float, settings: dict[str, Any], optim: str, least: int, most: int) -> None:
+    """The first optimizer that fits, and as many whole layers as fit well with it (adapters: all or one): what has more
+    would not fit."""
+    made = planned(gib, **settings)
+    assert made.choice.optim == optim and least <= made.choice.whole <= most
+    planner = on_h100(config := TrainConfig(**settings), SHORT)
+    planner.room = int(gib * GIB)
+
+    def fits(name: str, whole: int) -> bool:
+        return planner._made(config, planner.setup(config), Choice(name, whole)).fits_well
+
+    if made.fits and least < most:
+        assert fits(optim, made.choice.whole) and not fits(optim, made.choice.whole + 1)
+        assert not any(fits(name, 1) for name in CHOICES[: CHOICES.index(optim)])
+
+
+def test_under_a_bound_packs_are_halved() -> None:
+    """Of what fits the predicted fastest is taken: whole layers in smaller packs before layers computed again."""
+    rows = rows_of(*([512] * 64))
+    made = planned(14, rows, memory="14GiB", num_train_epochs=1)
+    assert made.fits and made.choice.pack < 8192 and made.choice.whole == 40
+    again = planned(14, rows, num_train_epochs=1)
+    assert again.fits and again.choice == Choice("adamw", 1, 8192)
+    assert made.seconds is not None and again.seconds is not None and made.seconds < again.seconds
+
+
+@pytest.mark.parametrize(
+    ("gib", "settings", "words"),
+    [
+        (7, {"gradient_checkpointing": "false"}, "try --gradient_checkpointing auto"),
+        (17, {"method": "full", "optim": "adamw"}, "try --optim auto"),
+        (9, {"method": "full"}, "try --method lora"),
+        (5, {"memory": "5GiB"}, "--memory 5GiB leaves 5.0 for it: try --method qlora"),
+        (3, {"method": "qlora", "memory": "3GiB"}, "--memory 3GiB leaves 3.0 for it: try --memory 3."),
+        (4, {}, "try --method qlora"),
+        (2, {"method": "qlora"}, "take a smaller --model, or a card with more memory"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_what_does(gib: float, settings: dict[str, Any], words: str) -> None:
+    """One line; and what it names fits."""
+    config = TrainConfig(**settings)
+    planner = on_h100(config, SHORT)
+    planner.room, planner.whole = int(gib * GIB), int((80 if config.memory else gib) * GIB)
+    made = planner.plan(config)
+    assert not made.fits
+    line = str(planner.refused(config, made))
+    assert words in line and "\n" not in line
+    if found := re.search(r"try --(\w+) (\S+)", line):
+        name, value = found[1], found[2]
+        changed = TrainConfig(**{**settings, name: value, **({"optim": "auto"} if name == "method" else {})})
+        if name == "memory":
+            planner.room = int(0.99 * float(value.removesuffix("GiB")) * GIB)
+        assert planner.plan(changed).fits
+
+
+def test_long_rows_are_cut_where_nothing_else_helps() -> None:
+    """The nearest setting may be a shorter --max_length."""
+    rows = rows_of(*([8000] * 8))
+    config = TrainConfig(method="qlora", max_length=8192, gradient_checkpointing="true")
+    planner = on_h100(config, rows)
+    least = planner.plan(config).parts.total
+    planner.room = planner.whole = int(0.97 * least)
+    assert "try --max_length 4000 --tokens_per_pack 4000" in str(planner.refused(config, planner.plan(config)))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("8GiB", 8 << 30), ("8GB", 8 * 10**9), ("6.5 GiB", int(6.5 * GIB)), ("24g", 24 * 10**9), ("", 0), ("8589934592", 8 << 30)],
+)  # fmt: skip
+def test_sizes(text: str, size: int) -> None:
+    assert bytes_of(text) == size
+
+
+@pytest.mark.parametrize("text", ["8", "much", "-4GiB", "8 apples", "nan"])
+def test_what_is_no_size(text: str) -> None:
+    """A size without a unit is bytes, and so few are a slip."""
+    with pytest.raises(UserError, match="it takes a size such as 8GiB"):
+        bytes_of(text)
+
+
+def test_a_tight_bound_takes_fewer_logits_at_once(real: EncodedRows) -> None:
+    """6.5 GiB for the real rows: what layers computed again need fits, and with some room only so."""
+    config = TrainConfig(memory="6.5GiB", num_train_epochs=1)
+    made = on_h100(config, real).plan(config)
+    assert made.fits and made.choice.whole == 1 and 0 < made.choice.chunk < 512
+    wide = on_h100(config, real)._made(
+        config, Setup.of(config, MINICPM_2B, torch.bfloat16, (9, 0), True), Choice("adamw", 1)
+    )
+    width = (122753 + 63) // 64 * 64 * 2
+    assert wide.parts.total - made.parts.total <= (512 - made.choice.chunk) * width
+    loose = TrainConfig(memory="8GiB", num_train_epochs=1)
+    assert on_h100(loose, real).plan(loose).choice.chunk == 0
+
+
+def test_a_bound_leaves_room_for_the_heads_gradient(real: EncodedRows) -> None:
+    """Inside backward, in 13 GiB: all that layers keep and the head's gradient, none of which lies in a hole."""
+    config = TrainConfig(method="full", memory="13GiB", num_train_epochs=1)
+    made = on_h100(config, real).plan(config)
+    assert made.choice.optim == EIGHT and made.fits_well
+    state = 2_724_880_896 * (2 + 2 + 1 / 32)  # weights, two moments of a byte, scales
+    layer, token = (6 * 2304 + 2 * 5760) * 2 + 4 * 36, 2304 * 2
+    tokens = made.walk.load.tokens
+    kept = tokens * (made.choice.whole * layer + (40 - made.choice.whole) * token)
+    logits, head = made.walk.load.positions * 122816 * 2, 122753 * 2304 * 2
+    assert state + kept + logits + head + made.parts.context < 12.9 * GIB

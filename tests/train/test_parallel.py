@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import ROWS, Launch, argv_of, free_port, log_of, result_of, rows_of, with_
+from runs import ROWS, Launch, argv_of, free_port, log_of, one_of, result_of, rows_of, with_
 from talker import write_rows
 from torch.distributed import TCPStore
 
@@ -19,7 +19,7 @@ from minitune import TrainConfig, UserError, train
 from minitune.checkpoint import resume
 from minitune.data.loader import Loader
 from minitune.data.template import Encoded
-from minitune.train import lifeline, parallel
+from minitune.train import lifeline, parallel, sharded
 from minitune.train.checks import check_settings
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -76,6 +76,23 @@ def test_the_numbers_of_one(processes: Any, config: TrainConfig, tmp_path: Path,
     close(config.output, many.output)
     assert "done: 5 steps" in launch.said[0] and launch.said[1:] == [""] * (size - 1)
     assert len(rows_of(many.output)) == len(rows_of(config.output))
+
+
+def one_of_whole(*args: Any) -> None:
+    """The body of a process whose layers stay whole until backward, as on cards that have the memory."""
+    sharded.keeps_whole = lambda *_: True
+    one_of(*args)
+
+
+def test_layers_that_stay_whole(processes: Any, config: TrainConfig, tmp_path: Path) -> None:
+    """The numbers of one process, several packs a step, a held-out loss and a checkpoint between steps."""
+    settings: dict[str, Any] = {"method": "full", "eval_fraction": 0.2, "tokens_per_pack": 64, "eval_steps": 2}
+    config = with_(config, num_train_epochs=1, save_steps=3, **settings, **STEADY)
+    train(config, quiet=True)
+    many = with_(config, output=str(tmp_path / "many"))
+    launch = Launch(processes, tmp_path, [argv_of(many)] * 2, body=one_of_whole)
+    assert launch.codes() == [0, 0], launch.said
+    close(config.output, many.output)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -144,6 +161,43 @@ def test_a_process_that_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     for one in three:
         one.join(10)
     assert len(said) == 2 and sorted(said)[0] == "" and sorted(said)[1].startswith("rank 2 on "), said
+
+
+def test_a_step_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that go on, one process that saves for long, then one that stays behind in its step: that one is named,
+    once, and neither the first step nor the saving was taken for a fault."""
+    for name, value in (("BEAT", 0.05), ("HANG", 0.5), ("PAUSES", 2), ("SILENT", 60.0)):
+        monkeypatch.setattr(lifeline, name, value)
+    said: list[str] = []
+
+    class Watched(lifeline.Lifeline):
+        def _leave(self, why: str) -> None:
+            said.append(why)
+            self._ended.set()
+
+    store = TCPStore("127.0.0.1", free_port(), is_master=True, wait_for_workers=False)
+    three = [Watched(store, rank, 3, lambda: "") for rank in range(3)]
+    doing = ["steps"] * 3
+    for rank, one in enumerate(three):
+        one.doing = lambda r=rank: doing[r]  # type: ignore[misc]
+        one.steps = 1
+        one.start()
+    time.sleep(1.0)  # the first step
+    for _ in range(5):
+        for one in three:
+            one.steps += 1
+        time.sleep(0.1)
+    doing[0] = "saving"
+    time.sleep(1.0)
+    assert said == []
+    doing[0] = "steps"
+    for one in three[:2]:
+        one.steps += 1
+    for one in three:
+        one.join(10)
+    assert len(said) >= 1 and [line for line in said if line] == [next(filter(None, said))], said
+    assert "no step has ended for" in next(filter(None, said)) and "rank 2 on " in next(filter(None, said))
+    assert "rank 0" not in "".join(said) and "rank 1" not in "".join(said)
 
 
 @pytest.mark.parametrize("fault", [None, UserError("bad")])

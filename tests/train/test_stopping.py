@@ -25,9 +25,9 @@ from minitune.data import dataset
 from minitune.data.template import Template
 from minitune.train import run as run_module
 from minitune.train.optim import AdamW
-from minitune.train.prepare import make_loader
 from minitune.train.step import TrainStep, held_out_loss
-from minitune.train.stop import Best, Interrupt, Stopped, go_on, mends, out_of_memory
+from minitune.train.steps import make_loader
+from minitune.train.stop import Best, Interrupt, Stopped, go_on, memory_said, mends, out_of_memory
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -150,7 +150,7 @@ def test_patience_survives_a_stop(config: TrainConfig, monkeypatch: pytest.Monke
     monkeypatch.setattr("minitune.train.report.draw", lambda *_: None)
     again = train(with_(other, resume="auto"), quiet=True)
     same(config.output, other.output)
-    clocks = ("seconds", "peak_memory_gib")
+    clocks = ("seconds", "peak_memory_gib", "step_seconds", "probed_step_seconds")
     assert {k: v for k, v in whole.items() if k not in clocks} == {k: v for k, v in again.items() if k not in clocks}
     more = train(with_(other, resume="auto", early_stopping_patience=0), quiet=True)  # more patience: it goes on
     assert more["steps"] > whole["steps"] and not more["stopped_early"]
@@ -383,6 +383,16 @@ def test_no_memory(
     train(with_(config, output=str(tmp_path / "whole")), quiet=True)
     theirs, ours = log_of(tmp_path / "whole"), log_of(config.output)
     assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=1e-3)
+
+
+def test_no_memory_under_a_bound(config: TrainConfig) -> None:
+    """The line names the bound, and a larger one first."""
+    bound = with_(config, memory="8GiB")
+    with pytest.raises(Stopped) as stopped, memory_said(bound, torch.device("cuda")):
+        card_full()
+    line = str(stopped.value)
+    assert line.startswith("out of memory within --memory 8GiB (2.50 GiB more were asked for): try a larger --memory")
+    assert "--gradient_checkpointing true" in line and "\n" not in line
 
 
 def test_other_errors_are_not_memory(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -216,6 +216,13 @@ def test_preflight(config: TrainConfig, model: Path, tmp_path: Path, monkeypatch
     with pytest.raises(UserError, match="GiB are free"):
         zero_config.preflight(config, model)
     raw = json.loads(Path(config.deepspeed).read_text(encoding="utf-8"))
+    raw["zero_optimization"] |= {"stage": 3, "offload_param": {"device": "cpu"}}
+    Path(config.deepspeed).write_text(json.dumps(raw), encoding="utf-8")
+    monkeypatch.setattr(zero_config, "available_gib", lambda: 221_760 * 20 / 2**30 * 1.01)
+    assert "of weights, masters, gradients and moments" in zero_config.preflight(config, model)[0]
+    monkeypatch.setattr(zero_config, "available_gib", lambda: 221_760 * 20 / 2**30 * 0.99)
+    with pytest.raises(UserError, match="GiB are free"):
+        zero_config.preflight(config, model)
     raw["optimizer"]["params"].pop("torch_adam")
     Path(config.deepspeed).write_text(json.dumps(raw), encoding="utf-8")
     monkeypatch.setattr("shutil.which", lambda name: None)
