@@ -56,8 +56,9 @@ def candidates(device: torch.device) -> Tensor:
 
 
 def nearest(weight_OI: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """(packed [O, I / 8], scales [O, I / group] in bfloat16): each group's scale of least squared error (larger weights count more) among the
-    candidates and the one that least squares makes of the best of them. NaN where a weight is not finite."""
+    """(packed [O, I / 8], scales [O, I / group] in bfloat16): each group's scale of least squared error, larger weights
+    counting more, among the candidates and the one that least squares makes of the best of them. NaN where a weight is
+    not finite."""
     if weight_OI.is_cuda and not kernels.why_not(weight_OI.device):
         return nearest_by_kernel(weight_OI, group)
     rows = max(1, (PIECE if weight_OI.device.type == "cpu" else 32 * PIECE) // weight_OI.shape[1])
