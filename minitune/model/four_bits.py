@@ -56,8 +56,9 @@ def candidates(device: torch.device) -> Tensor:
 
 
 def nearest(weight_OI: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """(packed [O, I / 8], scales [O, I / group] in bfloat16): each group's scale of least squared error among the
-    candidates and the one that least squares makes of the best of them."""
+    """(packed [O, I / 8], scales [O, I / group] in bfloat16): each group's scale of least squared error, larger weights
+    counting more, among the candidates and the one that least squares makes of the best of them. NaN where a weight is
+    not finite."""
     if weight_OI.is_cuda and not kernels.why_not(weight_OI.device):
         return nearest_by_kernel(weight_OI, group)
     rows = max(1, (PIECE if weight_OI.device.type == "cpu" else 32 * PIECE) // weight_OI.shape[1])
@@ -66,6 +67,8 @@ def nearest(weight_OI: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 
 def _nearest(w: Tensor) -> tuple[Tensor, Tensor]:
+    broken = ~torch.isfinite(w).all(-1)
+    w = torch.where(broken[..., None], 0.0, w)
     high, low = w.amax(-1), -w.amin(-1)
     size = torch.maximum(high, low).clamp(min=LEAST)
     peak = torch.where(high >= low, size, -size)
@@ -88,7 +91,8 @@ def _nearest(w: Tensor) -> tuple[Tensor, Tensor]:
     product = ((w * fine[..., None]).to(torch.int32) * counted).sum(-1, dtype=torch.int32).float()
     square = (counted * q.to(torch.int32)).sum(-1, dtype=torch.int32).clamp(min=1).float()
     best, scale = attempt(_not_small(product / square / fine))
-    return pack(_round(w, scale).to(torch.int8).flatten(1)), scale.to(torch.bfloat16)
+    packed = pack(_round(w, scale).to(torch.int8).flatten(1))
+    return packed, torch.where(broken, torch.nan, scale).to(torch.bfloat16)
 
 
 def _round(w: Tensor, scale: Tensor) -> Tensor:
