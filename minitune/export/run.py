@@ -55,6 +55,8 @@ def export(
     report = Report(target)
     beside = Beside(base, run, config, report)
     with Source(base, run) as source:
+        if source.group:
+            report.notes.append(f"{run}: trained over a base in 4 bits; its part is added to those weights")
         try:
             job = Job(source, beside, config, report, format, dtype, quant, max_shard_bytes)
             with placed(target) as part:

@@ -8,6 +8,7 @@ Legend: O outputs, I inputs, G groups in a row, g weights in a group, C candidat
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ FINE = 8192.0
 SHARE = 64.0
 MAGIC = 12582912.0  # 1.5 · 2^23: added and taken off again, it rounds to the nearest whole number, ties to even
 ROWS = 16  # groups a program
+COMPILING = threading.Lock()  # of the threads that load, the first compiles the kernel, and the others wait
 
 
 def group_of(decoder: Decoder) -> int:
@@ -54,8 +56,9 @@ def candidates(device: torch.device) -> Tensor:
 
 
 def nearest(weight_OI: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """(packed [O, I / 8], scales [O, I / group] in bfloat16): each group's scale of least squared error among the
-    candidates and the one that least squares makes of the best of them."""
+    """(packed [O, I / 8], scales [O, I / group] in bfloat16): each group's scale of least squared error, larger weights
+    counting more, among the candidates and the one that least squares makes of the best of them. NaN where a weight is
+    not finite."""
     if weight_OI.is_cuda and not kernels.why_not(weight_OI.device):
         return nearest_by_kernel(weight_OI, group)
     rows = max(1, (PIECE if weight_OI.device.type == "cpu" else 32 * PIECE) // weight_OI.shape[1])
@@ -64,6 +67,8 @@ def nearest(weight_OI: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 
 def _nearest(w: Tensor) -> tuple[Tensor, Tensor]:
+    broken = ~torch.isfinite(w).all(-1)
+    w = torch.where(broken[..., None], 0.0, w)
     high, low = w.amax(-1), -w.amin(-1)
     size = torch.maximum(high, low).clamp(min=LEAST)
     peak = torch.where(high >= low, size, -size)
@@ -86,7 +91,8 @@ def _nearest(w: Tensor) -> tuple[Tensor, Tensor]:
     product = ((w * fine[..., None]).to(torch.int32) * counted).sum(-1, dtype=torch.int32).float()
     square = (counted * q.to(torch.int32)).sum(-1, dtype=torch.int32).clamp(min=1).float()
     best, scale = attempt(_not_small(product / square / fine))
-    return pack(_round(w, scale).to(torch.int8).flatten(1)), scale.to(torch.bfloat16)
+    packed = pack(_round(w, scale).to(torch.int8).flatten(1))
+    return packed, torch.where(broken, torch.nan, scale).to(torch.bfloat16)
 
 
 def _round(w: Tensor, scale: Tensor) -> Tensor:
@@ -139,7 +145,8 @@ class Rounding:
         weight_OI = weight_OI.to(self.device).contiguous()
         group = self.shape[1] // self.scale.shape[1]
         if weight_OI.is_cuda and not kernels.why_not(self.device):
-            nearest_by_kernel(weight_OI, group, (self.packed, self.scale))
+            with COMPILING:
+                nearest_by_kernel(weight_OI, group, (self.packed, self.scale))
             return
         packed, scale = nearest(weight_OI, group)
         self.packed.copy_(packed)

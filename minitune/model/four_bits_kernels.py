@@ -43,6 +43,9 @@ if AVAILABLE:
         there = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         w = tl.load(w_ptr + there, mask=ok[:, None], other=0.0).to(tl.float32)
         low, high = tl.split(tl.reshape(w, (BG, HALF, 2)))
+        inf = float("inf")  # a group with a value that is none has the scale NaN: a run's first loss shows it
+        broken = tl.max(tl.where((tl.abs(low) < inf) & (tl.abs(high) < inf), 0, 1), 1) > 0
+        low, high = tl.where(broken[:, None], 0.0, low), tl.where(broken[:, None], 0.0, high)
         top = tl.maximum(tl.max(low, 1), tl.max(high, 1))
         bottom = -tl.minimum(tl.min(low, 1), tl.min(high, 1))
         size = tl.maximum(tl.maximum(top, bottom), LEAST)
@@ -65,6 +68,7 @@ if AVAILABLE:
         best, scale = _try(better, low, high, share_a, share_b, fine, best, scale, MAGIC)
         inverse = tl.div_rn(1.0, scale)
         a, b = _round(low, inverse, MAGIC).to(tl.int32) + 8, _round(high, inverse, MAGIC).to(tl.int32) + 8
+        scale = tl.where(broken, float("nan"), scale)
         place = group[:, None] * HALF + tl.arange(0, HALF)[None, :]
         tl.store(packed_ptr + place, (a | (b << 4)).to(tl.uint8), mask=ok[:, None])
         tl.store(scale_ptr + group, scale.to(scale_ptr.dtype.element_ty), mask=ok)

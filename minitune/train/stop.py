@@ -157,6 +157,8 @@ def mends(config: TrainConfig, longest: int, on_card: bool) -> tuple[list[str], 
         other.append(f"--optim {smaller} (moments of 8 bits)")
     if config.method == "full":
         other.append("--method lora (an adapter instead of every parameter)")
+    if config.method == "lora" and on_card and not config.deepspeed:
+        other.append("--method qlora (the base in 4 bits)")
     if config.dtype == "float32" and on_card:
         other.append("--dtype bfloat16")
     return same, other or ["a smaller --model"]
