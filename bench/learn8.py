@@ -105,14 +105,20 @@ def draw(results: list[dict[str, Any]], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, (whole, end) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    near = [loss for r in results if r["side"] != "nearest" for _, loss in r["held_out"][-4:]]
     for number, side in enumerate(SIDES):
         for i, result in enumerate(r for r in results if r["side"] == side):
             steps, losses = zip(*result["held_out"], strict=True)
-            axes.plot(steps, losses, color=f"C{number}", lw=1, alpha=0.8, label=side if i == 0 else None)
-    axes.set_xlabel("step")
-    axes.set_ylabel("held-out loss (nats a token)")
-    axes.legend()
+            for axes in (whole, end):
+                axes.plot(steps, losses, color=f"C{number}", lw=1.2, alpha=0.8, label=side if i == 0 else None)
+    end.set_xlim(steps[-4], steps[-1])
+    end.set_ylim(min(near) - 0.002, max(near) + 0.002)
+    end.set_title("the end, enlarged", fontsize=10)
+    for axes in (whole, end):
+        axes.set_xlabel("step")
+    whole.set_ylabel("held-out loss (nats a token)")
+    whole.legend()
     figure.savefig(file, dpi=120)
 
 
