@@ -145,6 +145,7 @@ def test_the_end_is_foretold_once() -> None:
     assert re.fullmatch(r"200 ms a step; the last of 100 at \d\d:\d\d:\d\d", said)
     assert foretold.line(30, [(10, 5.0), (10, 2.0), (10, 2.0)]) == ""
     assert Foretold(20, None).line(20, [(10, 5.0), (10, 2.0)]) == ""
+    assert Foretold(18, None).line(6, [(3, 5.0), (3, 0.6)]).startswith("200 ms a step; the last of 18 at ")
     assert foretold.summary([(10, 5.0), (10, 2.0), (10, 4.0)]) == {"step_seconds": 0.3, "probed_step_seconds": 0.2}
 
 
@@ -157,6 +158,14 @@ def test_a_run_says_its_pace(config: TrainConfig, undrawn: None, capsys: pytest.
     mean = sum(row["tokens"] / row["tokens_per_second"] for row in rest) / len(rest)
     assert summary["step_seconds"] == pytest.approx(mean, rel=0.25)
     assert summary["probed_step_seconds"] > 0
+
+
+def test_a_short_run_says_its_pace_too(config: TrainConfig, undrawn: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run of fewer steps than two log intervals is looked at in between; its screen has no more lines for that."""
+    summary = train(with_(config, max_steps=9, logging_steps=10))
+    said = capsys.readouterr().err
+    assert len(re.findall(" a step; the last of 9 at ", said)) == 1 and len(re.findall(r"^step \d", said, re.M)) == 1
+    assert summary["probed_step_seconds"] and summary["step_seconds"]
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(0.0194, "19 ms"), (1.25, "1.2 s"), (95, "1:35"), (3700, "1:01:40")])
