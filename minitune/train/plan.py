@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from minitune.config import TrainConfig, UserError, bytes_of, flat_fields
+from minitune.data.loader import Loader
 from minitune.data.store import EncodedRows
 from minitune.model import kernels
 from minitune.model.decoder import Decoder, DecoderConfig
@@ -19,7 +20,7 @@ from minitune.train import cards, memory, speed
 from minitune.train.cards import Card
 from minitune.train.memory import GIB, Choice, Load, Parts
 from minitune.train.shapes import Setup
-from minitune.train.steps import Walk, walk
+from minitune.train.steps import Walk, make_loader, walk
 
 CHOICES = ("adamw", "adamw_8bit", "adamw_8bit_in_backward")  # from the most memory to the least
 CHUNKS = (256, 128)  # positions whose logits exist at once, where memory is very short
@@ -75,6 +76,7 @@ class Planner:
     int4: int = 0
     alone: bool = True
     walks: dict[Any, Walk] = field(default_factory=dict)
+    loaders: dict[int, Loader] = field(default_factory=dict)
 
     def setup(self, config: TrainConfig) -> Setup:
         return Setup.of(config, self.shape, self.dtype, self.capability, self.triton, self.int4, self.alone)
@@ -82,8 +84,10 @@ class Planner:
     def walk(self, config: TrainConfig, pack: int) -> Walk:
         key = (pack, config.method == "full", config.max_length)
         if key not in self.walks:
-            rows = self.rows.cut(config.max_length) if config.max_length < self.rows.longest else self.rows
-            self.walks[key] = walk(config, rows, self.held_out, self.shape, pack)
+            if config.max_length not in self.loaders:
+                rows = self.rows.cut(config.max_length) if config.max_length < self.rows.longest else self.rows
+                self.loaders[config.max_length] = make_loader(config, rows, torch.device("cuda"))
+            self.walks[key] = walk(config, self.loaders[config.max_length], self.held_out, self.shape, pack)
         return self.walks[key]
 
     def plan(self, config: TrainConfig) -> Plan:

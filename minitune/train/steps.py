@@ -70,13 +70,15 @@ class Walk:
     plain: int = 0
 
 
-def walk(config: TrainConfig, rows: EncodedRows, held_out: EncodedRows, shape: DecoderConfig, pack: int) -> Walk:
-    """The steps on a card, with packs of so many tokens at most."""
-    card = torch.device("cuda")
-    loader = make_loader(config, rows, card)
-    loader.tokens_per_pack = pack
-    total, per_epoch = count_steps(config, loader)
-    steps = fast.every_step(loader, per_epoch[:1] if len(rows) > MANY else per_epoch, total)
+def walk(config: TrainConfig, loader: Loader, held_out: EncodedRows, shape: DecoderConfig, pack: int) -> Walk:
+    """The steps of `loader` (`make_loader`) on a card, with packs of so many tokens at most, which it is set to."""
+    rows, loader.tokens_per_pack = loader.rows, pack
+    if len(rows) > MANY:
+        per_epoch = [len(loader.steps(0))]
+        total = config.max_steps or math.ceil(per_epoch[0] * config.num_train_epochs)
+    else:
+        total, per_epoch = count_steps(config, loader)
+    steps = fast.every_step(loader, per_epoch, total)
     one, more = steps[steps[:, 5] == 1], steps[steps[:, 5] == 0]
     several = len(more) > 0
     captured = len(one) > 0 and not (several and config.method == "full")  # as `fast.quicken` decides

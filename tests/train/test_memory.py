@@ -18,7 +18,7 @@ from minitune.data.template import Encoded
 from minitune.model.attention import PackedLayout
 from minitune.model.decoder import DecoderConfig
 from minitune.model.lora import Dropout, LoraConfig, attach
-from minitune.train import cards, memory
+from minitune.train import cards, memory, steps
 from minitune.train.memory import GIB, Choice
 from minitune.train.plan import CHOICES, Plan, Planner, planner_for
 from minitune.train.shapes import Setup
@@ -337,3 +337,13 @@ def test_a_bound_leaves_room_for_the_heads_gradient(real: EncodedRows) -> None:
     kept = tokens * (made.choice.whole * layer + (40 - made.choice.whole) * token)
     logits, head = made.walk.load.positions * 122816 * 2, 122753 * 2304 * 2
     assert state + kept + logits + head + made.parts.context < 12.9 * GIB
+
+
+def test_of_very_many_rows_one_epoch_stands_for_all(real: EncodedRows, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig()
+    whole = on_h100(config, real).plan(config)
+    monkeypatch.setattr(steps, "MANY", 1000)
+    part = on_h100(config, real).plan(config)
+    assert part.walk.total == whole.walk.total == 702 and part.walk.walked == 234
+    assert part.choice == whole.choice and part.parts.total == pytest.approx(whole.parts.total, rel=0.02)
+    assert part.seconds == pytest.approx(whole.seconds, rel=0.02)
