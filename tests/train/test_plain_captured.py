@@ -183,7 +183,7 @@ def test_a_plain_step_asks_nothing_of_the_host(kind: str) -> None:
     [
         ("adapters", (7, 5), True, "captured: plain layers (the card is older than Ampere), masked attention; "),
         ("every parameter", (7, 5), True, "captured: plain layers (the card is older than Ampere), masked attention; "),
-        ("4 bits", (9, 0), True, "captured: plain layers (the weights have 4 bits), short attention; "),
+        ("4 bits", (7, 5), True, "captured: plain layers (the card is older than Ampere), masked attention; "),
         (
             "adapters that differ",
             (9, 0),
