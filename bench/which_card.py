@@ -19,7 +19,7 @@ from pathlib import Path
 from train_command import CONFIG, SHARED
 
 from minitune.config import TrainConfig
-from minitune.train import across
+from minitune.train import across, plan_view
 from minitune.train.plan import methods
 from minitune.train.prepare import Prepared
 
@@ -39,7 +39,7 @@ def table(config: TrainConfig, ready: Prepared) -> list[str]:
     lines = [f"| card | memory | {' | '.join(names)} |", f"|---|---|{'---|' * len(names)}"]
     for card, plans in across.all_cards(config, ready):
         memory = f"{card.memory:g} GB"
-        cells = [across.cell(plan) for plan in plans] if card.capability >= (7, 5) else ["not served"] * len(plans)
+        cells = [plan_view.cell(plan) for plan in plans] if card.served else ["not served"] * len(plans)
         lines.append(f"| {card.name} | {memory} | {' | '.join(cells)} |")
     return lines
 

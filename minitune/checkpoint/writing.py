@@ -115,6 +115,9 @@ class _Writers:
         device = next(t.device for t in tensors.values() if t.is_cuda)
         torch.cuda.current_stream(device).synchronize()  # the threads' copies are on other streams
         self.free.acquire()
+        for future in self.begun:
+            if future.done():
+                future.result()  # a full disk ends this before all is gathered
         self.begun.append(self.pool.submit(self._save, tensors, path))
 
     def _save(self, tensors: dict[str, Tensor], path: Path) -> None:

@@ -67,21 +67,25 @@ class Spelled(argparse.Action):
         setattr(namespace, (option_string or self.dest).lstrip("-"), values)
 
 
-def declare_settings(parser: argparse.ArgumentParser, cls: type, title: str = "", config: bool = False) -> None:
+def declare_settings(
+    parser: argparse.ArgumentParser, cls: type, title: str = "", config: bool = False, hidden: Sequence[str] = ()
+) -> None:
     """A flag for each setting of a dataclass, grouped, with its default and its reason; other names are accepted and
-    not shown. `title`: the heading of settings without a group. `config`: with --config, in the first group."""
+    not shown, `hidden` ones too. `title`: the heading of settings without a group. `config`: with --config, in the
+    first group."""
     groups: dict[str, Any] = {}
     for name, (one, kind) in flat_fields(cls).items():
         heading = one.metadata.get("group") or name.partition(".")[0] * ("." in name) or title
         if heading not in groups:
             groups[heading] = parser.add_argument_group(heading)
+        text = f"{one.metadata['help']} [{shown_default(one)}]".replace("%", "%%")
         action = groups[heading].add_argument(
             f"--{name}",
             action=Spelled,
             dest=name,
             default=argparse.SUPPRESS,
             metavar=metavar(name, kind),
-            help=f"{one.metadata['help']} [{shown_default(one)}]".replace("%", "%%"),
+            help=argparse.SUPPRESS if name in hidden else text,
             **words_taken(name, kind),
         )
         for other in (o for o, ours in ALIASES.items() if ours == name):

@@ -15,12 +15,12 @@ from minitune.config import TrainConfig, build, flat_fields
 def declare_plan(parser: argparse.ArgumentParser) -> None:
     from minitune.foreign import tables
 
-    parser.usage = "%(prog)s --model MODEL --data FILE [--method lora|full] [--card NAME] [settings]"
+    parser.usage = "%(prog)s --model MODEL --data FILE [--method lora|qlora|full] [--card NAME] [settings]"
     group = parser.add_argument_group("plan")
     group.add_argument("--card", default="", metavar="NAME", help="a card by name, such as 4090 [the one here]")
     group.add_argument("--json", action="store_true", help="the plan as JSON")
     group.add_argument("--png", default="", metavar="FILE", help="the bars as a picture")
-    declare_settings(parser, TrainConfig, config=True)
+    declare_settings(parser, TrainConfig, config=True, hidden=("output", "resume"))
     accept(parser, [*tables.TRAIN])
 
 
@@ -36,8 +36,12 @@ def call_plan(values: dict[str, Any]) -> int:
 
     where = across.Where.of(config, own["card"])
     if where is None:
-        print(across.no_card(config, own["json"]))
-        return 0
+        found = across.all_cards(config, across.rows_of(config), "method" in given)
+        if own["json"]:
+            print(json.dumps(across.cards_values(found)))
+        else:
+            plan_view.show_cards(found)
+        return int(not any(plan.fits for _, plans in found for plan in plans))
     sheet = across.sheet(config, where, "method" in given)
     if own["png"]:
         plan_view.picture(Path(own["png"]), sheet)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from minitune.checkpoint.weights import choose_device, read_config, read_json
 from minitune.config import TrainConfig, UserError
 from minitune.model.quantized import group_of
-from minitune.train import cards, speed
+from minitune.train import cards
 from minitune.train.cards import CARDS, PASCAL, Card
-from minitune.train.memory import GIB
 from minitune.train.plan import Plan, Planner, methods, planner_for, planner_here
 from minitune.train.plan_view import Sheet, values_of
 from minitune.train.prepare import Prepared, prepare, training_dtype
@@ -58,7 +57,7 @@ def rows_of(config: TrainConfig) -> Prepared:
 
 def sheet(config: TrainConfig, where: Where, one: bool) -> Sheet:
     """The plans of all methods, or of the one that was asked for."""
-    if where.card is not None and where.card.capability < (7, 5):
+    if where.card is not None and not where.card.served:
         raise UserError(f"{where.card.name}: current builds of PyTorch hold no code for it; try {PASCAL}")
     ready = rows_of(config)
     planner = where.planner(config, ready)
@@ -90,36 +89,17 @@ def advised(plans: Sequence[Plan]) -> str:
     return f"advised: --method {name}{more}"
 
 
-def all_cards(config: TrainConfig, ready: Prepared) -> list[tuple[Card, list[Plan]]]:
-    """Each card's plans of all methods."""
+def all_cards(config: TrainConfig, ready: Prepared, one: bool = False) -> list[tuple[Card, list[Plan]]]:
+    """Each card's plans of all methods, or of the one that was asked for."""
+    every = [dataclasses.replace(config, method=method, optim="auto") for method in methods()]  # type: ignore[arg-type]
+    changed = [config] if one else every
     out = []
     for card in CARDS:
         planner = Where(card.name, card).planner(config, ready)
-        changed = [dataclasses.replace(config, method=method, optim="auto") for method in methods()]  # type: ignore[arg-type]
         out.append((card, [planner.plan(each) for each in changed]))
     return out
 
 
-def cell(plan: Plan) -> str:
-    """A plan in a table's cell."""
-    if not plan.fits:
-        return "–"
-    kept = "" if plan.choice.whole >= plan.layers else ", recomputed"
-    name = f" {plan.choice.optim}" if plan.method == "full" else ""
-    time = "" if plan.run_seconds is None else f", {speed.seconds_said(plan.run_seconds)}"
-    return f"{plan.parts.total / GIB:.1f} GiB{name}{kept}{time}"
-
-
-def no_card(config: TrainConfig, as_json: bool) -> str:
-    """Where there is no card here and none was named: which cards would do."""
-    ready = rows_of(config)
-    found = all_cards(config, ready)
-    if as_json:
-        return json.dumps({card.name: [values_of(plan) for plan in plans] for card, plans in found})
-    lines = ["no card here; what others would do, predicted (one by itself: --card NAME):"]
-    lines += [f"{'card':<14}{'GiB':>5}  " + "".join(f"{method:<46}" for method in methods())]
-    for card, plans in found:
-        if card.capability >= (7, 5):
-            row = "".join(f"{cell(plan):<46}" for plan in plans)
-            lines.append(f"{card.name:<14}{card.memory:>5}  {row}".rstrip())
-    return "\n".join(lines)
+def cards_values(found: Sequence[tuple[Card, list[Plan]]]) -> dict[str, Any]:
+    """`all_cards` as values, of the cards that PyTorch serves."""
+    return {card.name: [values_of(plan) for plan in plans] for card, plans in found if card.served}

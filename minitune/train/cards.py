@@ -30,6 +30,11 @@ class Card:
         return torch.bfloat16 if self.capability >= (8, 0) else torch.float16
 
     @property
+    def served(self) -> bool:
+        """Whether current builds of PyTorch hold code for it."""
+        return self.capability >= (7, 5)
+
+    @property
     def room(self) -> int:
         """Bytes that a run finds on it, its own context included: what is sold less what the driver and a screen take,
         and the twentieth that is left free."""

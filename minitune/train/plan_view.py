@@ -64,6 +64,36 @@ def bar(plan: Plan, width: int, full: int) -> list[tuple[str, str]]:
     return [*out, (" " * (width - at), "")]
 
 
+def cell(plan: Plan) -> str:
+    """A plan in a table's cell."""
+    if not plan.fits:
+        return "–"
+    kept = "" if plan.choice.whole >= plan.layers else ", recomputed"
+    name = f" {plan.choice.optim}" if plan.method == "full" else ""
+    time = "" if plan.run_seconds is None else f", {speed.seconds_said(plan.run_seconds)}"
+    return f"{plan.parts.total / GIB:.1f} GiB{name}{kept}{time}"
+
+
+def show_cards(found: Sequence[tuple[Card, list[Plan]]]) -> None:
+    """Where there is no card here and none was named: which cards would do, as wide as the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, emoji=False)
+    console.print("no card here; what others would do, predicted (one by itself: --card NAME):")
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    table.add_column("card", no_wrap=True)
+    table.add_column("GB", justify="right", no_wrap=True)
+    for plan in found[0][1]:
+        table.add_column(plan.method)
+    for card, plans in found:
+        if card.served:
+            table.add_row(card.name, f"{card.memory:g}", *map(cell, plans))
+    console.print(table)
+    if not any(plan.fits for _, plans in found for plan in plans):
+        console.print("nothing of this fits any of them: raise --memory, or take a smaller --model")
+
+
 def show(sheet: Sheet, console: Any = None) -> None:
     """Prints it, as wide as the terminal, 110 columns at most."""
     from rich.console import Console

@@ -246,7 +246,24 @@ def test_without_a_card_all_are_shown(config: TrainConfig, capsys: pytest.Captur
         pytest.skip("this machine has a card")
     assert main(["plan", f"--model={config.model}", f"--data={config.data}"]) == 0
     said = capsys.readouterr().out
-    assert all(card.name in said for card in cards.CARDS if card.capability >= (7, 5)) and "1080" not in said
+    assert all(card.name in said for card in cards.CARDS if card.served) and "1080" not in said
+    assert max(cell_len(line) for line in said.splitlines()) <= 80
+
+
+def test_without_a_card_what_was_asked_for_is_shown(
+    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One method, by its optimizer, also from a file; the status says whether anything fits."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a card")
+    (tmp_path / "c.yaml").write_text("method: full\noptim: adamw_8bit\n")
+    asked = ["plan", f"--model={config.model}", f"--data={config.data}", "--config", str(tmp_path / "c.yaml")]
+    assert main([*asked, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "1080" not in found and {p["optim"] for plans in found.values() for p in plans} == {"adamw_8bit"}
+    assert main([*asked, "--memory", "0.8GiB"]) == 1
+    said = capsys.readouterr().out
+    assert "lora" not in said and "nothing of this fits any of them" in said
 
 
 def test_the_table_is_no_wider_than_the_terminal(config: TrainConfig) -> None:
