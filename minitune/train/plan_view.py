@@ -85,7 +85,7 @@ def show_cards(found: Sequence[tuple[Card, list[Plan]]]) -> None:
     table.add_column("card", no_wrap=True)
     table.add_column("GB", justify="right", no_wrap=True)
     for plan in found[0][1]:
-        table.add_column(plan.method)
+        table.add_column(plan.method, overflow="fold")
     for card, plans in found:
         if card.served:
             table.add_row(card.name, f"{card.memory:g}", *map(cell, plans))
