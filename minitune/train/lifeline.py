@@ -137,7 +137,7 @@ class Still:
 
     def __init__(self) -> None:
         self._marks: list[int] = []
-        self._since, self._longest = 0.0, 0.0
+        self._since, self._longest, self._first = 0.0, 0.0, 0.0
 
     def behind(self, marks: list[int], now: float) -> list[int]:
         """Those that stand still, or, where some have come further, those that these wait for; none while it may still
@@ -145,8 +145,10 @@ class Still:
         if marks != self._marks:
             if self._marks and min(self._marks) > 1:
                 self._longest = max(self._longest, now - self._since)
+            elif self._marks and min(self._marks) == 1:  # with what is compiled in it
+                self._first = now - self._since
             self._marks, self._since = marks, now
-        if min(marks) < 2 or self.seconds(now) < max(HANG, PAUSES * self._longest):
+        if min(marks) < 2 or self.seconds(now) < max(HANG, PAUSES * self._longest, 3 * self._first):
             return []
         return [rank for rank, mark in enumerate(marks) if mark == min(marks)]
 

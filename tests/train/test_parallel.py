@@ -200,6 +200,26 @@ def test_a_step_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "rank 0" not in "".join(said) and "rank 1" not in "".join(said)
 
 
+def test_what_no_step_asks_is_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step may take its time, whatever the processes have asked each other before; steps as long as it are
+    no hang, some three times as long are."""
+    monkeypatch.setattr(parallel.dist, "all_reduce", lambda *_: None)
+    line = lifeline.Lifeline(TCPStore("127.0.0.1", free_port(), is_master=True, wait_for_workers=False), 0, 2, str)
+    team, doing = parallel.Team(0, 2, line), ["model"]
+    team.watched(lambda: None, lambda: doing[0])
+    team.any(False)
+    doing[0] = "steps"
+    team.any(False)
+    assert line.steps == 1
+    still, now = lifeline.Still(), 0.0
+    for mark in (1, 2, 3):  # steps of 700 s
+        for _ in range(70):
+            assert still.behind([mark, mark], now) == []
+            now += 10
+    assert still.behind([4, 3], now) == [] and still.behind([4, 3], now + 20 * 700 - 1) == []
+    assert still.behind([4, 3], now + 20 * 700) == [1]
+
+
 @pytest.mark.parametrize("fault", [None, UserError("bad")])
 def test_the_signal_handler_of_before_comes_back(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, fault: UserError | None
