@@ -108,10 +108,11 @@ def _check_names(shards: Shards, wanted: dict[str, Tensor], tied: bool) -> None:
             raise UserError(f"{shards.folder}: tensor {min(names)} {kind}{more}")
 
 
-def _int4_group(folder: Path) -> int | None:
+def int4_group(folder: Path) -> int:
+    """The group size of a folder's 4-bit weights, 0 where they have more bits; UserError for another form."""
     path = folder / "config.json"
     try:
-        return group_of(read_json(path))
+        return group_of(read_json(path)) or 0
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -121,7 +122,7 @@ def skeleton(shards: Shards) -> Decoder:
     config = read_config(shards.folder)
     with torch.device("meta"):
         decoder = Decoder(_resolve_tie(config, shards))
-    if group := _int4_group(shards.folder):
+    if group := int4_group(shards.folder):
         quantize_linears(decoder, group)
     wanted = hub_parameters(decoder)
     _check_names(shards, wanted, decoder.config.tie_word_embeddings)

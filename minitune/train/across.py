@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from minitune.checkpoint.weights import choose_device, read_config, read_json
+from minitune.checkpoint.weights import choose_device, int4_group, read_config
 from minitune.config import TrainConfig, UserError
-from minitune.model.quantized import group_of
 from minitune.train import cards
 from minitune.train.cards import CARDS, PASCAL, Card
 from minitune.train.plan import Plan, Planner, methods, planner_for, planner_here
@@ -41,7 +40,7 @@ class Where:
         return Where(torch.cuda.get_device_name(device), cards.here(device), device)
 
     def planner(self, config: TrainConfig, ready: Prepared) -> Planner:
-        shape, int4 = read_config(ready.base), group_of(read_json(ready.base / "config.json")) or 0
+        shape, int4 = read_config(ready.base), int4_group(ready.base)
         if self.device is not None:
             dtype = training_dtype(config, self.device)
             return planner_here(config, shape, ready.learn, ready.held_out, dtype, self.device, int4)

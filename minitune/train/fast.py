@@ -24,6 +24,7 @@ from minitune.model.fused_ops import Slot
 from minitune.model.lora import LoraConfig
 from minitune.model.quantized import is_packed, packed_linears
 from minitune.train import graph
+from minitune.train.checks import several
 from minitune.train.step import TrainStep
 
 # Steps from which one more capacity pays: it takes a fifth of a second to capture, and saves 20 us a step.
@@ -48,7 +49,7 @@ def why_not_on(device: torch.device) -> str:
 
 def plain_engine(config: TrainConfig) -> bool:
     """Whether a run's engine takes plain layers on any card: DeepSpeed, and FSDP2 of several processes."""
-    return bool(config.deepspeed) or (config.method == "full" and int(os.environ.get("WORLD_SIZE") or 1) > 1)
+    return bool(config.deepspeed) or (config.method == "full" and several())
 
 
 def strips_of(decoder: Decoder, lora: LoraConfig) -> dict[str, int]:

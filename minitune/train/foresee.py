@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from minitune.checkpoint.weights import read_json
+from minitune.checkpoint.weights import int4_group
 from minitune.config import TrainConfig, UserError, bytes_of
 from minitune.data.store import EncodedRows
 from minitune.model.decoder import DecoderConfig
-from minitune.model.quantized import group_of
 from minitune.train import cards, plan, speed
 from minitune.train.checks import several
 from minitune.train.memory import GIB
@@ -37,7 +36,7 @@ def foresee(
         optim = "adamw" if config.method == "full" and config.optim == "auto" else config.optim
         return dataclasses.replace(config, optim=optim), None, []  # type: ignore[arg-type]
     cards.check_served(device)
-    dtype, int4 = training_dtype(config, device), group_of(read_json(ready.base / "config.json")) or 0
+    dtype, int4 = training_dtype(config, device), int4_group(ready.base)
     planner = plan.planner_here(config, shape, ready.learn, ready.held_out, dtype, device, int4)
     made = planner.plan(config)
     assert made.room is not None
@@ -57,7 +56,7 @@ def hopeless(config: TrainConfig, base: Path, shape: DecoderConfig, device: torc
     if device.type != "cuda" or config.deepspeed or several():
         return False
     nothing = EncodedRows.of([])
-    dtype, int4 = training_dtype(config, device), group_of(read_json(base / "config.json")) or 0
+    dtype, int4 = training_dtype(config, device), int4_group(base)
     planner = plan.planner_here(config, shape, nothing, nothing, dtype, device, int4)
     assert planner.room is not None
     return planner.least(config) > planner.room * (1.0 if config.memory else SLACK)

@@ -20,8 +20,8 @@ from torch.distributed import Store
 BEAT = 1.0  # seconds
 SILENT = 20.0  # without a beat, a process is dead, or as good as dead
 BROKEN = 4.0  # the same where a connection to it has just broken
-HANG = 600.0  # without a new step of any process; at least so many of the longest pauses between steps so far:
-PAUSES = 20
+HANG = 600.0  # without a new step of any process; at least so many of the longest pauses between steps so far, and so
+PAUSES, FIRST = 20, 3  # many of the first step
 GRACE = 10.0  # from a launcher's SIGTERM, which comes as soon as one process has died, to the end
 
 
@@ -148,7 +148,7 @@ class Still:
             elif self._marks and min(self._marks) == 1:  # with what is compiled in it
                 self._first = now - self._since
             self._marks, self._since = marks, now
-        if min(marks) < 2 or self.seconds(now) < max(HANG, PAUSES * self._longest, 3 * self._first):
+        if min(marks) < 2 or self.seconds(now) < max(HANG, PAUSES * self._longest, FIRST * self._first):
             return []
         return [rank for rank, mark in enumerate(marks) if mark == min(marks)]
 

@@ -160,6 +160,13 @@ def draw(path: Path, rows: list[dict[str, Any]], evals: list[tuple[int, float | 
         axes.legend(frameon=False)
     if families := fonts_for(title):
         axes.set_title(title, fontfamily=families, fontsize=11, parse_math=False)
+    save(figure, path)
+
+
+def save(figure: Any, path: Path) -> None:
+    """The figure as a PNG, whole or not at all; it is closed."""
+    from matplotlib import pyplot as plt
+
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         figure.savefig(part, format="png")

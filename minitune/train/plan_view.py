@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -172,7 +171,7 @@ def picture(path: Path, sheet: Sheet) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    from minitune.train.picture import fonts_for
+    from minitune.train.picture import fonts_for, save
 
     figure, axes = plt.subplots(figsize=(8, 1.4 + 0.6 * len(sheet.plans)), dpi=120, layout="constrained")
     names = [plan.method for plan in sheet.plans]
@@ -188,10 +187,4 @@ def picture(path: Path, sheet: Sheet) -> None:
     axes.legend(frameon=False, ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.35))
     if families := fonts_for(title := f"{sheet.title}\n{sheet.where}"):
         axes.set_title(title, fontfamily=families, fontsize=10, parse_math=False)
-    part_file = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        figure.savefig(part_file, format="png")
-        os.replace(part_file, path)
-    finally:
-        part_file.unlink(missing_ok=True)
-        plt.close(figure)
+    save(figure, path)

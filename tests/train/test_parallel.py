@@ -140,11 +140,8 @@ def test_a_process_that_dies(processes: Any, config: TrainConfig, tmp_path: Path
     assert last is not None and resume.read_state(last)["step"] >= 2
 
 
-def test_a_process_that_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beats keep all alive; one whose beats end is named by another, once, also where no connection breaks."""
-    monkeypatch.setattr(lifeline, "BEAT", 0.05)
-    monkeypatch.setattr(lifeline, "SILENT", 0.6)
-    said: list[str] = []
+def three_watched(said: list[str]) -> list[lifeline.Lifeline]:
+    """Lifelines of three processes, not started, that say why they would end instead of ending."""
 
     class Watched(lifeline.Lifeline):
         def _leave(self, why: str) -> None:
@@ -152,7 +149,15 @@ def test_a_process_that_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
             self._ended.set()
 
     store = TCPStore("127.0.0.1", free_port(), is_master=True, wait_for_workers=False)
-    three = [Watched(store, rank, 3, lambda: "") for rank in range(3)]
+    return [Watched(store, rank, 3, lambda: "") for rank in range(3)]
+
+
+def test_a_process_that_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beats keep all alive; one whose beats end is named by another, once, also where no connection breaks."""
+    monkeypatch.setattr(lifeline, "BEAT", 0.05)
+    monkeypatch.setattr(lifeline, "SILENT", 0.6)
+    said: list[str] = []
+    three = three_watched(said)
     for one in three:
         one.start()
     time.sleep(1.5)
@@ -169,14 +174,7 @@ def test_a_step_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("BEAT", 0.05), ("HANG", 0.5), ("PAUSES", 2), ("SILENT", 60.0)):
         monkeypatch.setattr(lifeline, name, value)
     said: list[str] = []
-
-    class Watched(lifeline.Lifeline):
-        def _leave(self, why: str) -> None:
-            said.append(why)
-            self._ended.set()
-
-    store = TCPStore("127.0.0.1", free_port(), is_master=True, wait_for_workers=False)
-    three = [Watched(store, rank, 3, lambda: "") for rank in range(3)]
+    three = three_watched(said)
     doing = ["steps"] * 3
     for rank, one in enumerate(three):
         one.doing = lambda r=rank: doing[r]  # type: ignore[misc]
