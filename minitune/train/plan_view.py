@@ -184,7 +184,7 @@ def picture(path: Path, sheet: Sheet) -> None:
     axes.invert_yaxis()
     axes.set(xlabel="GiB, as the driver counts")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.35))
+    figure.legend(frameon=False, ncols=4, fontsize=8, loc="outside lower center")
     if families := fonts_for(title := f"{sheet.title}\n{sheet.where}"):
         axes.set_title(title, fontfamily=families, fontsize=10, parse_math=False)
     save(figure, path)
