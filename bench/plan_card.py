@@ -25,15 +25,14 @@ from pathlib import Path
 import torch
 from train_command import SHARED
 
-ONCE = ["--num_train_epochs", "1"]  # of long rows: some 26,000 tokens a step
 # By importance: name -> settings.
 RUNS = {
     "qlora-4": ["--method", "qlora", "--memory", "4GiB"],
     "full-13": ["--method", "full", "--memory", "13GiB"],
     "lora-6.5": ["--method", "lora", "--memory", "6.5GiB"],
-    "full-24-long": ["--method", "full", "--memory", "24GB", "--max_length", "2048", *ONCE],
+    "full-24-long": ["--method", "full", "--memory", "24GB", "--max_length", "2048"],
     "full-16": ["--method", "full", "--memory", "16GiB"],
-    "lora-24-long": ["--method", "lora", "--memory", "24GB", "--max_length", "2048", *ONCE],
+    "lora-24-long": ["--method", "lora", "--memory", "24GB", "--max_length", "2048"],
     "lora-8": ["--method", "lora", "--memory", "8GiB"],
     "lora": ["--method", "lora"],
     "full": ["--method", "full"],

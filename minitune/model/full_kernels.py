@@ -50,26 +50,24 @@ if AVAILABLE:
 
     @triton.jit(do_not_specialize=["tokens"])
     def _add_rows(
-        d_ptr, ids_ptr, out_ptr, gain, tokens, H: tl.constexpr, C: tl.constexpr, B: tl.constexpr, BH: tl.constexpr
+        d_ptr, ids_ptr, order_ptr, out_ptr, gain, tokens, H: tl.constexpr, B: tl.constexpr, BH: tl.constexpr
     ):  # fmt: skip
-        """out[ids[t]] += gain · d[t]. The first token of an id adds up all of that id, in their order: no two programs
-        write one place, and the same sum comes out each time."""
+        """out[ids[t]] += gain · d[order[t]], ids in their order. The first place of an id adds up all of that id: no
+        two programs write one row, and the same sum comes out each time."""
         t = tl.program_id(0)
         mine = tl.load(ids_ptr + t)
-        before = 0
-        for at in range(0, t, C):
-            i = at + tl.arange(0, C)
-            before += tl.sum((tl.load(ids_ptr + i, mask=i < t, other=-1) == mine).to(tl.int32), 0)
-        if before == 0:
+        if (t == 0) | (tl.load(ids_ptr + tl.maximum(t - 1, 0)) != mine):
             c = tl.program_id(1) * BH + tl.arange(0, BH)
             total = tl.zeros((BH,), tl.float32)
-            for at in range(t, tokens, B):
+            at, more = t, t >= 0
+            while more:
                 i = at + tl.arange(0, B)
                 same = tl.load(ids_ptr + i, mask=i < tokens, other=-1) == mine
-                if tl.sum(same.to(tl.int32), 0) > 0:
-                    place = d_ptr + i[:, None] * H + c
-                    d = tl.load(place, mask=same[:, None] & (c < H)[None, :], other=0.0)
-                    total += tl.sum(d.to(tl.float32), 0)
+                row = tl.load(order_ptr + i, mask=same, other=0)
+                d = tl.load(d_ptr + row[:, None] * H + c, mask=same[:, None] & (c < H)[None, :], other=0.0)
+                total += tl.sum(d.to(tl.float32), 0)
+                at += B
+                more = tl.sum(same.to(tl.int32), 0) == B
             spot = out_ptr + mine * H + c
             now = tl.load(spot, mask=c < H, other=0.0).to(tl.float32)
             tl.store(spot, (now + gain * total).to(out_ptr.dtype.element_ty), mask=c < H)
@@ -93,7 +91,8 @@ def add_rows(d_TH: Tensor, ids_T: Tensor, out_VH: Tensor, gain: float) -> None:
     """out[ids[t]] += gain · d[t] for every token; the sums are the same each time, however often an id comes."""
     tokens, width = d_TH.shape
     columns = min(512, next_power_of_2(width))
+    sorted_T, order_T = ids_T.sort(stable=True)
     launch(
         _add_rows, (tokens, -(-width // columns)),
-        d_TH, ids_T, out_VH, gain, tokens, H=width, C=1024, B=32, BH=columns, num_warps=4,
+        d_TH, sorted_T, order_T, out_VH, gain, tokens, H=width, B=32, BH=columns, num_warps=4,
     )  # fmt: skip

@@ -129,6 +129,18 @@ def test_by_hand_gives_autograds_gradients(tied: bool, whole: int, buffered: boo
     assert max(far(g, w) for g, w in zip(got, want, strict=True)) < 5e-6
 
 
+@needs_triton
+@pytest.mark.parametrize("ids", [[5] * 97, [*range(40), *[3] * 64], [96], [4, 7, 4, 7, 7]])
+def test_the_rows_of_an_id_are_added_up(ids: list[int]) -> None:
+    """An id that comes more often than a program adds at once, exactly so often and a multiple of it, and once."""
+    ids_T = torch.tensor(ids, device=DEVICE)
+    d_TH = torch.randn(len(ids), 72, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    got = torch.full((97, 72), 2.0, device=DEVICE)
+    full_kernels.add_rows(d_TH, ids_T, got, 0.5)
+    want = torch.full((97, 72), 2.0, device=DEVICE, dtype=torch.float64)
+    assert far(got, want.index_add(0, ids_T, d_TH.double(), alpha=0.5)) < 1e-6
+
+
 def step_of(optim: str, decoder: Decoder | None = None, **settings: Any) -> FullStep:
     """On autograd's layers: what a CPU runs."""
     decoder = decoder or decoder_of(dtype=torch.bfloat16)
