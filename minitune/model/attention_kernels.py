@@ -9,6 +9,9 @@ strip behind the output in the fused layers (`model.fused`), 0 elsewhere.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,10 +19,14 @@ from minitune.model.kernels import AVAILABLE, launch
 
 BLOCK = 64  # tokens a tile; most documents are one, so that loads have nothing to run ahead of
 LONGEST = 512  # tokens a document for which these kernels are chosen
+STRIDE = 23  # blocks from one to the next of a program; prime, so that it meets all places of equal documents
 OPTIONS: dict[str, dict[str, int]] = {
     "forward": {"num_warps": 4, "num_stages": 1},
     "backward": {"num_warps": 4, "num_stages": 1},
 }
+# Of a thread in backward, one block and several, where heads are at most 64 wide: four and three programs a processor
+# instead of three and two.
+REGISTERS = 128, 168
 
 
 if AVAILABLE:
@@ -29,12 +36,13 @@ if AVAILABLE:
     from minitune.model.kernels import _dot
 
     @triton.jit
-    def _locate(cu_ptr, documents, block, S: tl.constexpr, B: tl.constexpr):
-        """(first token, end, the block's place) of the document that the grid's `block` falls into; end 0: none."""
+    def _locate(cu_ptr, documents, block, S: tl.constexpr, B: tl.constexpr, LEAST: tl.constexpr):
+        """(first token, end, the block's place) of the document that the grid's `block` falls into, of the documents of
+        at least LEAST tokens; end 0: none."""
         at = tl.arange(0, S)
         start = tl.load(cu_ptr + at, mask=at < documents, other=0)
         end = tl.load(cu_ptr + at + 1, mask=at < documents, other=0)
-        blocks = (end - start + B - 1) // B
+        blocks = tl.where(end - start >= LEAST, (end - start + B - 1) // B, 0)
         behind = tl.cumsum(blocks, 0)
         mine = (behind > block) & (behind - blocks <= block)
         first = tl.sum(tl.where(mine, start, 0), 0)
@@ -72,9 +80,9 @@ if AVAILABLE:
         """out [T, N · D + R]; with STRIP, strip [T, R] is laid into the columns behind."""
         F: tl.constexpr = D // 2
         stride: tl.constexpr = (N + 2 * K) * D
-        head = tl.program_id(1)
+        head = tl.program_id(0)  # heads of a document beside each other: they read the same rows
         kv = head // (N // K)
-        first, last, place = _locate(cu_ptr, documents, tl.program_id(0), S, B)
+        first, last, place = _locate(cu_ptr, documents, tl.program_id(1), S, B, 1)
         if last > 0:
             d = tl.arange(0, D)
             i = first + place * B + tl.arange(0, B)
@@ -127,73 +135,105 @@ if AVAILABLE:
         lse = tl.load(lse_ptr + head * tokens + i, mask=ok, other=0.0)
         return q1, q2, do, delta, lse
 
+    @triton.jit(do_not_specialize=["tokens"])
+    def _backward_short(
+        qkv_ptr, cos_ptr, sin_ptr, cu_ptr, delta_ptr, lse_ptr, dout_ptr, dqkv_ptr, tokens, scale,
+        N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, B: tl.constexpr,
+    ):  # fmt: skip
+        """A program a (key head, document), where that is one block: all of its gradients from scores made once. What
+        is done is stored before the next is made, so that little is held."""
+        F: tl.constexpr = D // 2
+        G: tl.constexpr = N // K
+        stride: tl.constexpr = (N + 2 * K) * D
+        kv = tl.program_id(0)
+        first, last = tl.load(cu_ptr + tl.program_id(1)), tl.load(cu_ptr + tl.program_id(1) + 1)
+        if (last > first) & (last - first <= B):
+            i = first + tl.arange(0, B)
+            ok = i < last
+            k1, k2 = _rotated(qkv_ptr + (N + kv) * D, cos_ptr, sin_ptr, i, ok, stride, F)
+            at = (N + K + kv) * D + i[:, None] * stride + tl.arange(0, D)
+            v = tl.load(qkv_ptr + at, mask=ok[:, None], other=0.0)
+            dk1, dk2 = tl.zeros((B, F), tl.float32), tl.zeros((B, F), tl.float32)
+            dv = tl.zeros((B, D), tl.float32)
+            for g in tl.static_range(0, G):
+                head = kv * G + g
+                q1, q2, do, delta, lse = _query_side(
+                    qkv_ptr, cos_ptr, sin_ptr, delta_ptr, lse_ptr, dout_ptr, head, i, ok, tokens, stride, N, D
+                )
+                p, ds = _scores(q1, q2, k1, k2, do, v, delta, lse, i, i, ok, ok, scale)
+                dv += _dot(tl.trans(p), do)
+                if g == G - 1:
+                    tl.store(dqkv_ptr + at, dv.to(dqkv_ptr.dtype.element_ty), mask=ok[:, None])
+                dk1 += _dot(tl.trans(ds), q1)
+                dk2 += _dot(tl.trans(ds), q2)
+                if g == G - 1:
+                    _store_unrotated(dqkv_ptr + (N + kv) * D, cos_ptr, sin_ptr, i, ok, stride, dk1, dk2, F)
+                _store_unrotated(
+                    dqkv_ptr + head * D, cos_ptr, sin_ptr, i, ok, stride, _dot(ds, k1), _dot(ds, k2), F
+                )
+
     @triton.jit(do_not_specialize=["tokens", "documents"])
     def _backward(
         qkv_ptr, cos_ptr, sin_ptr, cu_ptr, delta_ptr, lse_ptr, dout_ptr, dqkv_ptr, tokens, documents, scale,
         N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, S: tl.constexpr, B: tl.constexpr,
     ):  # fmt: skip
-        """One program a (block, key head) for dk and dv, and one a (block, query head) for dq. Where a document is one
-        block, the former's scores are all there is: it stores dq too."""
+        """Documents of several blocks: programs of a key head for dk and dv of a block, and of a query head for dq. A
+        program goes on to further blocks: how many there are is not known where it is launched."""
         F: tl.constexpr = D // 2
         G: tl.constexpr = N // K
         stride: tl.constexpr = (N + 2 * K) * D
-        task = tl.program_id(1)
-        first, last, place = _locate(cu_ptr, documents, tl.program_id(0), S, B)
-        one = last - first <= B
-        mine = first + place * B + tl.arange(0, B)
-        ok = mine < last
-        if (last > 0) & (task < K):
-            kv = task
-            k1, k2 = _rotated(qkv_ptr + (N + kv) * D, cos_ptr, sin_ptr, mine, ok, stride, F)
-            v_at = qkv_ptr + (N + K + kv) * D + mine[:, None] * stride + tl.arange(0, D)
-            v = tl.load(v_at, mask=ok[:, None], other=0.0)
-            dk1 = tl.zeros((B, F), tl.float32)
-            dk2 = tl.zeros((B, F), tl.float32)
-            dv = tl.zeros((B, D), tl.float32)
-            for at in range(place * G, (last - first + B - 1) // B * G):
-                i = first + at // G * B + tl.arange(0, B)
-                there = i < last
-                head = kv * G + at % G
+        task, block = tl.program_id(0), tl.program_id(1)
+        first, last, place = _locate(cu_ptr, documents, block, S, B, B + 1)
+        while last > 0:
+            mine = first + place * B + tl.arange(0, B)
+            ok = mine < last
+            if task < K:
+                kv = task
+                k1, k2 = _rotated(qkv_ptr + (N + kv) * D, cos_ptr, sin_ptr, mine, ok, stride, F)
+                v_at = qkv_ptr + (N + K + kv) * D + mine[:, None] * stride + tl.arange(0, D)
+                v = tl.load(v_at, mask=ok[:, None], other=0.0)
+                dk1 = tl.zeros((B, F), tl.float32)
+                dk2 = tl.zeros((B, F), tl.float32)
+                dv = tl.zeros((B, D), tl.float32)
+                for at in range(place * G, (last - first + B - 1) // B * G):
+                    i = first + at // G * B + tl.arange(0, B)
+                    there = i < last
+                    head = kv * G + at % G
+                    q1, q2, do, delta, lse = _query_side(
+                        qkv_ptr, cos_ptr, sin_ptr, delta_ptr, lse_ptr, dout_ptr, head, i, there, tokens, stride, N, D
+                    )
+                    p, ds = _scores(q1, q2, k1, k2, do, v, delta, lse, i, mine, there, ok, scale)
+                    dv += _dot(tl.trans(p), do)
+                    dk1 += _dot(tl.trans(ds), q1)
+                    dk2 += _dot(tl.trans(ds), q2)
+                _store_unrotated(dqkv_ptr + (N + kv) * D, cos_ptr, sin_ptr, mine, ok, stride, dk1, dk2, F)
+                dv_at = dqkv_ptr + (N + K + kv) * D + mine[:, None] * stride + tl.arange(0, D)
+                tl.store(dv_at, dv.to(dqkv_ptr.dtype.element_ty), mask=ok[:, None])
+            else:
+                head = task - K
+                kv = head // G
                 q1, q2, do, delta, lse = _query_side(
-                    qkv_ptr, cos_ptr, sin_ptr, delta_ptr, lse_ptr, dout_ptr, head, i, there, tokens, stride, N, D
+                    qkv_ptr, cos_ptr, sin_ptr, delta_ptr, lse_ptr, dout_ptr, head, mine, ok, tokens, stride, N, D
                 )
-                p, ds = _scores(q1, q2, k1, k2, do, v, delta, lse, i, mine, there, ok, scale)
-                dv += _dot(tl.trans(p), do)
-                dk1 += _dot(tl.trans(ds), q1)
-                dk2 += _dot(tl.trans(ds), q2)
-                if one:
-                    dq1, dq2 = _dot(ds, k1), _dot(ds, k2)
-                    _store_unrotated(dqkv_ptr + head * D, cos_ptr, sin_ptr, i, there, stride, dq1, dq2, F)
-            _store_unrotated(dqkv_ptr + (N + kv) * D, cos_ptr, sin_ptr, mine, ok, stride, dk1, dk2, F)
-            dv_at = dqkv_ptr + (N + K + kv) * D + mine[:, None] * stride + tl.arange(0, D)
-            tl.store(dv_at, dv.to(dqkv_ptr.dtype.element_ty), mask=ok[:, None])
-        if (task >= K) & (last - first > B):
-            head = task - K
-            kv = head // G
-            q1, q2, do, delta, lse = _query_side(
-                qkv_ptr, cos_ptr, sin_ptr, delta_ptr, lse_ptr, dout_ptr, head, mine, ok, tokens, stride, N, D
-            )
-            dq1 = tl.zeros((B, F), tl.float32)
-            dq2 = tl.zeros((B, F), tl.float32)
-            for block in range(0, place + 1):
-                j = first + block * B + tl.arange(0, B)
-                there = j < last
-                k1, k2 = _rotated(qkv_ptr + (N + kv) * D, cos_ptr, sin_ptr, j, there, stride, F)
-                v_at = qkv_ptr + (N + K + kv) * D + j[:, None] * stride + tl.arange(0, D)
-                v = tl.load(v_at, mask=there[:, None], other=0.0)
-                _, ds = _scores(q1, q2, k1, k2, do, v, delta, lse, mine, j, ok, there, scale)
-                dq1 += _dot(ds, k1)
-                dq2 += _dot(ds, k2)
-            _store_unrotated(dqkv_ptr + head * D, cos_ptr, sin_ptr, mine, ok, stride, dq1, dq2, F)
+                dq1 = tl.zeros((B, F), tl.float32)
+                dq2 = tl.zeros((B, F), tl.float32)
+                for other in range(0, place + 1):
+                    j = first + other * B + tl.arange(0, B)
+                    there = j < last
+                    k1, k2 = _rotated(qkv_ptr + (N + kv) * D, cos_ptr, sin_ptr, j, there, stride, F)
+                    v_at = qkv_ptr + (N + K + kv) * D + j[:, None] * stride + tl.arange(0, D)
+                    v = tl.load(v_at, mask=there[:, None], other=0.0)
+                    _, ds = _scores(q1, q2, k1, k2, do, v, delta, lse, mine, j, ok, there, scale)
+                    dq1 += _dot(ds, k1)
+                    dq2 += _dot(ds, k2)
+                _store_unrotated(dqkv_ptr + head * D, cos_ptr, sin_ptr, mine, ok, stride, dq1, dq2, F)
+            block += tl.num_programs(1)
+            first, last, place = _locate(cu_ptr, documents, block, S, B, B + 1)
 
 
 def _constants(qkv: Tensor, cu_seqlens: Tensor, heads: int, kv_heads: int) -> dict[str, int]:
     head_dim, documents = qkv.shape[1] // (heads + 2 * kv_heads), cu_seqlens.numel() - 1
     return {"N": heads, "K": kv_heads, "D": head_dim, "S": triton.next_power_of_2(documents), "B": BLOCK}
-
-
-def _blocks(tokens: int, documents: int) -> int:
-    return -(-tokens // BLOCK) + documents
 
 
 def attend_forward(
@@ -206,7 +246,7 @@ def attend_forward(
     constants = _constants(qkv_TX, cu_seqlens, heads, kv_heads)
     lse = torch.empty(heads, tokens, dtype=torch.float32, device=qkv_TX.device)
     launch(
-        _forward, (_blocks(tokens, documents), heads),
+        _forward, (heads, -(-tokens // BLOCK) + documents),
         qkv_TX, cos_TF, sin_TF, cu_seqlens, out, lse, out if strip_TR is None else strip_TR, tokens, documents, scale,
         **constants, R=out.shape[1] - heads * constants["D"], STRIP=strip_TR is not None, **OPTIONS["forward"],
     )  # fmt: skip
@@ -215,16 +255,25 @@ def attend_forward(
 
 def attend_backward(
     dout: Tensor, qkv_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor, cu_seqlens: Tensor, delta: Tensor, lse: Tensor,
-    heads: int, kv_heads: int, scale: float,
+    heads: int, kv_heads: int, scale: float, beside: Any = None,
 ) -> Tensor:  # fmt: skip
-    """d qkv; dout [T, N · D] contiguous, delta [N, T] float32: the sum of dout · out over each head."""
+    """d qkv; dout [T, N · D] contiguous, delta [N, T] float32: the sum of dout · out over each head. beside: a
+    `fused_ops.Beside` of its own, on whose stream the documents of one block go, beside the longer ones."""
     tokens, documents = qkv_TX.shape[0], cu_seqlens.numel() - 1
     dqkv = torch.empty_like(qkv_TX)
-    launch(
-        _backward, (_blocks(tokens, documents), kv_heads + heads),
-        qkv_TX, cos_TF, sin_TF, cu_seqlens, delta, lse, dout, dqkv, tokens, documents, scale,
-        **_constants(qkv_TX, cu_seqlens, heads, kv_heads), **OPTIONS["backward"],
-    )  # fmt: skip
+    rows = qkv_TX, cos_TF, sin_TF, cu_seqlens, delta, lse, dout, dqkv
+    constants = _constants(qkv_TX, cu_seqlens, heads, kv_heads)
+    short, long = dict(OPTIONS["backward"]), dict(OPTIONS["backward"])
+    if constants["D"] <= 64 and heads == kv_heads:
+        short["maxnreg"], long["maxnreg"] = REGISTERS
+    one = {name: constants[name] for name in "NKDB"}
+    with beside(dqkv) if beside else nullcontext():
+        launch(_backward_short, (kv_heads, documents), *rows, tokens, scale, **one, **short)
+    blocks = -(-tokens // BLOCK) + min(documents, tokens // (BLOCK + 1))
+    grid = kv_heads + heads, min(blocks, STRIDE)
+    launch(_backward, grid, *rows, tokens, documents, scale, **constants, **long)
+    if beside:
+        beside.join()
     return dqkv
 
 

@@ -96,7 +96,7 @@ class FullStack(FusedStack):
         self.tied = decoder.lm_head is None
         self.matrices = [p for p in decoder.parameters() if p.ndim > 1]
         size = (2 * len(self.slots) + 1) * decoder.config.hidden_size
-        self.beside = Beside(decoder.device)
+        self.beside, self.apart = Beside(decoder.device), Beside(decoder.device)
         self.norm_grad = torch.zeros(size, dtype=torch.float32, device=decoder.device)
         self.parts_PH = self.norm_grad.new_zeros(PROGRAMS, decoder.config.hidden_size)
 

@@ -125,7 +125,7 @@ class FusedStack:
         self.wide: dict[str, Tensor] = {}
         self.rooms: list[Room] = []
         self.slots: list[dict[str, Slot]] = [{} for _ in decoder.layers]
-        self.beside, self.counts = Beside(decoder.device), Counts(decoder.device)
+        self.beside, self.apart, self.counts = Beside(decoder.device), Beside(decoder.device), Counts(decoder.device)
         for kind in Slot.KINDS:
             self._place(kind)
         self._share()
@@ -299,7 +299,8 @@ class FusedStack:
         d, delta = input_back(d_out, out, o, ctx.drop, self.gain, attn.head_dim)
         if ctx.layout.kernel == "short":
             cos, sin, cu = ctx.cos[:, 0], ctx.sin[:, 0], ctx.layout.cu_seqlens
-            return attend_backward(d, qkv, cos, sin, cu, delta, state, attn.heads, attn.kv_heads, attn.scale)
+            of = attn.heads, attn.kv_heads, attn.scale
+            return attend_backward(d, qkv, cos, sin, cu, delta, state, *of, beside=self.apart)
         leaf, result = state
         return torch.autograd.grad(result, leaf, d)[0]
 

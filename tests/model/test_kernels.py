@@ -16,9 +16,9 @@ DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2)])
-@pytest.mark.parametrize("lengths", [[1], [64, 65], [5, 130, 17, 0, 44], [63, 2, 200]])
+@pytest.mark.parametrize("lengths", [[1], [64, 65], [5, 130, 17, 0, 44], [63, 2, 200], [100, 3] * 13])
 def test_rope_attention_is_rotate_then_attend(heads: int, kv_heads: int, lengths: list[int]) -> None:
-    """Values and gradients equal float64 attention over rotated q and k; an empty document is no document."""
+    """Values and gradients equal float64 attention over rotated q and k; an empty document is no document. The last has more blocks than programs."""
     generator, width, tokens = torch.Generator().manual_seed(1), 32, sum(lengths)
     qkv = torch.randn(tokens, (heads + 2 * kv_heads) * width, generator=generator).to(DEVICE, DTYPE)
     weight = torch.randn(tokens, heads * width, generator=generator).to(DEVICE, DTYPE)
