@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minitune.cli.parser import accept, declare_settings, translated
-from minitune.config import TrainConfig, build, flat_fields
+from minitune.config import TrainConfig, UserError, build, flat_fields
 
 
 def declare_plan(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +36,8 @@ def call_plan(values: dict[str, Any]) -> int:
 
     where = across.Where.of(config, own["card"])
     if where is None:
+        if own["png"]:
+            raise UserError("--png draws the bars of one card, and this machine has none; name one: --card 4090")
         found = across.all_cards(config, across.rows_of(config), "method" in given)
         if own["json"]:
             print(json.dumps(across.cards_values(found)))

@@ -168,9 +168,7 @@ if AVAILABLE:
                 dk2 += _dot(tl.trans(ds), q2)
                 if g == G - 1:
                     _store_unrotated(dqkv_ptr + (N + kv) * D, cos_ptr, sin_ptr, i, ok, stride, dk1, dk2, F)
-                _store_unrotated(
-                    dqkv_ptr + head * D, cos_ptr, sin_ptr, i, ok, stride, _dot(ds, k1), _dot(ds, k2), F
-                )
+                _store_unrotated(dqkv_ptr + head * D, cos_ptr, sin_ptr, i, ok, stride, _dot(ds, k1), _dot(ds, k2), F)
 
     @triton.jit(do_not_specialize=["tokens", "documents"])
     def _backward(

@@ -12,6 +12,7 @@ import torch
 
 from minitune.checkpoint.weights import int4_group
 from minitune.config import TrainConfig, UserError, bytes_of
+from minitune.data.loader import Loader
 from minitune.data.store import EncodedRows
 from minitune.model.decoder import DecoderConfig
 from minitune.train import cards, plan, speed
@@ -63,29 +64,31 @@ def hopeless(config: TrainConfig, base: Path, shape: DecoderConfig, device: torc
 
 
 class Foretold:
-    """A run's end, from its first steps. plan: whose prediction stands beside it."""
+    """A run's end, from its first steps. plan: whose prediction stands beside it. loader: whose steps it goes through:
+    the last one of an epoch may be far smaller than those that are measured, so that time goes by tokens."""
 
-    def __init__(self, total: int, made: Plan | None):
+    def __init__(self, total: int, made: Plan | None, loader: Loader):
         self.total, self.plan, self.step_seconds = total, made, 0.0
+        self.tokens = float(loader.lengths.sum()) / len(loader.steps(0))  # of a step, in the mean
 
-    def line(self, done: int, timed: Sequence[tuple[int, float]]) -> str:
-        """What to say now, once; "" otherwise. timed: steps and seconds of each log interval so far, pauses left out;
-        the first one has what is slow once."""
+    def line(self, done: int, timed: Sequence[tuple[int, float, int]]) -> str:
+        """What to say now, once; "" otherwise. timed: steps, seconds and tokens of each log interval so far, without
+        pauses; the first one has what is slow once."""
         if self.step_seconds or len(timed) < 2 or done >= self.total:
             return ""
-        steps, seconds = (sum(column) for column in zip(*timed[1:], strict=True))
+        steps, seconds, tokens = (sum(column) for column in zip(*timed[1:], strict=True))
         if steps < min(PROBE, max(1, self.total // 6)):
             return ""
-        self.step_seconds = seconds / steps
+        self.step_seconds = seconds * self.tokens / tokens
         end = time.strftime("%H:%M:%S", time.localtime(time.time() + self.step_seconds * (self.total - done)))
         predicted = ""
         if self.plan is not None and self.plan.seconds is not None:
             predicted = f" (predicted {speed.seconds_said(self.plan.seconds)})"
         return f"{speed.seconds_said(self.step_seconds)} a step{predicted}; the last of {self.total:,} at {end}"
 
-    def summary(self, timed: Sequence[tuple[int, float]]) -> dict[str, Any]:
+    def summary(self, timed: Sequence[tuple[int, float, int]]) -> dict[str, Any]:
         """For summary.json: what was predicted, and what came of it."""
-        steps, seconds = (sum(column) for column in zip(*timed[1:], strict=True)) if len(timed) > 1 else (0, 0.0)
+        steps, seconds = (sum(interval[i] for interval in timed[1:]) for i in (0, 1))
         out: dict[str, Any] = {"step_seconds": round(seconds / steps, 6) if steps else None}
         out["probed_step_seconds"] = round(self.step_seconds, 6) or None
         if self.plan is not None:

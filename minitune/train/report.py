@@ -42,7 +42,7 @@ class Report:
         self._since = time.perf_counter()
         self._skipped_in_a_row = 0
         self.early: set[int] = set()  # steps of a short run after which its pace is looked at
-        self.timed: list[tuple[int, float]] = []  # steps and seconds of each log interval, pauses left out
+        self.timed: list[tuple[int, float, int]] = []  # steps, seconds, tokens of each log interval, without pauses
 
     def resume(self, step: int) -> None:
         """Takes up logs that were cut at `step`; later rows of the interrupted run are dropped."""
@@ -82,7 +82,8 @@ class Report:
             return
         fetched = torch.stack([torch.stack([r.loss, r.grad_norm, r.skipped]) for _, r in self._pending]).cpu().tolist()
         now = time.perf_counter()
-        speed = sum(row["tokens"] for row, _ in self._pending) / max(now - self._since, 1e-9)
+        tokens = sum(row["tokens"] for row, _ in self._pending)
+        speed = tokens / max(now - self._since, 1e-9)
         memory = peak_memory_gib(self.device)
         new: list[dict[str, Any]] = []
         bad: int | None = None
@@ -94,7 +95,7 @@ class Report:
             row["memory_gib"] = round(memory, 3)
             new.append(row)
         self._pending.clear()
-        self.timed.append((len(new), now - self._since))
+        self.timed.append((len(new), now - self._since, tokens))
         self._since = now
         self._append("log.jsonl", new)
         self.rows += new

@@ -82,7 +82,7 @@ def train(config: TrainConfig, quiet: bool = False, answer: Answer | None = None
             report = kind(output, total, config.logging_steps, device, view, step.loss_scale is not None)
             team.watched(report.view.close, lambda: clock.name)
             run = Run(config, ready, decoder, optimizer, step, loader, report, watch, total, per_epoch, clock, program)
-            run.team, run.sharded, run.foretold = team, sharded_of(step), Foretold(total, planned)
+            run.team, run.sharded, run.foretold = team, sharded_of(step), Foretold(total, planned, loader)
             try:
                 if config.resume:
                     run.restore(checkpoint)

@@ -13,6 +13,8 @@ from minitune.train.shapes import Setup
 from minitune.train.steps import Walk
 
 PRODUCTS = 0.62  # of the card's multiplications a second, in large products
+LONG = 0.25  # the same in the attention of long rows
+ROTATED = 48, 52  # bytes a value of q and k that long rows' rotation moves, forward and backward
 TRAFFIC = 0.8  # of its bandwidth, in what lies between them
 FORMED = 1.0  # where weights of four bits are formed, much of it within the cache
 UPDATE, FASTEST = 0.85, 2.4e12  # in the optimizer; bytes a second that its arithmetic lets through at most
@@ -25,9 +27,12 @@ def step_seconds(setup: Setup, choice: Choice, card: Card, walk: Walk) -> float:
     """The mean of a run's steps."""
     packs = len(walk.sizes)
     tokens, positions = (float(walk.sizes[:, i].sum()) for i in (0, 1)) if packs else (0.0, 0.0)
-    computed = _products(setup, choice, walk.context, tokens, positions) / (PRODUCTS * card.tflops * 1e12)
+    short = setup.kernel(walk.load.longest) == "short" or not setup.by_hand
+    attended = _attention(setup, choice, walk.context) * tokens * (1.0 if short else PRODUCTS / LONG)
+    computed = (_products(setup, choice, tokens, positions) + attended) / (PRODUCTS * card.tflops * 1e12)
     layers = setup.shape.num_hidden_layers
-    moved = _traffic(setup, choice) * tokens + _weights_traffic(setup, choice) * packs * TRAFFIC / FORMED
+    moved = (_traffic(setup, choice) + (0 if short else _rotation(setup, choice))) * tokens
+    moved += _weights_traffic(setup, choice) * packs * TRAFFIC / FORMED
     if setup.lora is None:  # a step's gradients are added up, pack by pack
         moved += 2 * setup.size * setup.parameters * max(0, packs - walk.walked)
     between = moved / (TRAFFIC * card.bandwidth * 1e9)
@@ -49,15 +54,28 @@ def _recomputed(setup: Setup, choice: Choice) -> float:
     return (layers - choice.whole) / layers
 
 
-def _products(setup: Setup, choice: Choice, context: float, tokens: float, positions: float) -> float:
-    """Operations of all packs."""
-    s, matrices = setup.shape, setup.matrices
-    layer, layers = sum(matrices.values()), s.num_hidden_layers
+def _products(setup: Setup, choice: Choice, tokens: float, positions: float) -> float:
+    """Operations of all packs, without attention's."""
+    matrices, layers = setup.matrices, setup.shape.num_hidden_layers
+    layer = sum(matrices.values())
     forward, back = 2.0, 2.0 if setup.lora is not None else 4.0
     again = _recomputed(setup, choice) * 2.0 * (1 - matrices["mlp.down"] / layer)
-    attention = 4 * context * s.num_attention_heads * s.head_dim * (3.5 + _recomputed(setup, choice))
     head = setup.head * (4.0 if setup.lora is not None else 6.0)
-    return tokens * layers * ((forward + back + again) * layer + attention) + positions * head
+    return tokens * layers * (forward + back + again) * layer + positions * head
+
+
+def _attention(setup: Setup, choice: Choice, context: float) -> float:
+    """Operations a token that attends to so many."""
+    s = setup.shape
+    each = 4 * context * s.num_attention_heads * s.head_dim
+    return s.num_hidden_layers * each * (3.5 + _recomputed(setup, choice))
+
+
+def _rotation(setup: Setup, choice: Choice) -> float:
+    """Bytes a token, where q and k are not rotated by attention's own kernel."""
+    s, (there, back) = setup.shape, ROTATED
+    values = (s.num_attention_heads + s.num_key_value_heads) * s.head_dim
+    return s.num_hidden_layers * values * (there * (1 + _recomputed(setup, choice)) + back)
 
 
 def _traffic(setup: Setup, choice: Choice) -> float:

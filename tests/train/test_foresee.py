@@ -19,6 +19,7 @@ from runs import argv_of, with_
 from minitune.checkpoint.weights import read_config
 from minitune.cli import main
 from minitune.config import TrainConfig, UserError
+from minitune.data.loader import Loader
 from minitune.data.store import EncodedRows
 from minitune.data.template import Encoded
 from minitune.train import across, cards, memory, plan_view, speed
@@ -138,15 +139,25 @@ def test_memory_is_for_a_card(config: TrainConfig, capsys: pytest.CaptureFixture
 
 def test_the_end_is_foretold_once() -> None:
     """From steps behind the first interval, and only where steps are left."""
-    foretold = Foretold(100, None)
-    assert foretold.line(10, [(10, 5.0)]) == ""
-    assert foretold.line(15, [(10, 5.0), (5, 0.5)]) == ""
-    said = foretold.line(20, [(10, 5.0), (5, 0.5), (5, 1.5)])
+    loader = Loader([Encoded([1] * 10, [1] * 10)] * 8, rows_per_step=1)
+    foretold = Foretold(100, None, loader)
+    assert foretold.line(10, [(10, 5.0, 100)]) == ""
+    assert foretold.line(15, [(10, 5.0, 100), (5, 0.5, 50)]) == ""
+    said = foretold.line(20, [(10, 5.0, 100), (5, 0.5, 50), (5, 1.5, 50)])
     assert re.fullmatch(r"200 ms a step; the last of 100 at \d\d:\d\d:\d\d", said)
-    assert foretold.line(30, [(10, 5.0), (10, 2.0), (10, 2.0)]) == ""
-    assert Foretold(20, None).line(20, [(10, 5.0), (10, 2.0)]) == ""
-    assert Foretold(18, None).line(6, [(3, 5.0), (3, 0.6)]).startswith("200 ms a step; the last of 18 at ")
-    assert foretold.summary([(10, 5.0), (10, 2.0), (10, 4.0)]) == {"step_seconds": 0.3, "probed_step_seconds": 0.2}
+    assert foretold.line(30, [(10, 5.0, 100), (10, 2.0, 100), (10, 2.0, 100)]) == ""
+    assert Foretold(20, None, loader).line(20, [(10, 5.0, 100), (10, 2.0, 100)]) == ""
+    assert Foretold(18, None, loader).line(6, [(3, 5.0, 30), (3, 0.6, 30)]).startswith("200 ms a step; the last of 18 ")
+    whole = [(10, 5.0, 100), (10, 2.0, 100), (10, 4.0, 100)]
+    assert foretold.summary(whole) == {"step_seconds": 0.3, "probed_step_seconds": 0.2}
+    assert foretold.summary(whole[:1])["step_seconds"] is None
+
+
+def test_steps_that_are_shorter_later_are_foretold_by_their_tokens() -> None:
+    """Of five rows, two a step: three steps, the last of one row."""
+    foretold = Foretold(30, None, Loader([Encoded([1] * 30, [1] * 30)] * 5, rows_per_step=2))
+    foretold.line(6, [(1, 9.0, 60), (5, 6.0, 300)])
+    assert foretold.step_seconds == pytest.approx(1.0)  # all are 50 tokens long in the mean, not 60
 
 
 def test_a_run_says_its_pace(config: TrainConfig, undrawn: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -248,6 +259,8 @@ def test_without_a_card_all_are_shown(config: TrainConfig, capsys: pytest.Captur
     said = capsys.readouterr().out
     assert all(card.name in said for card in cards.CARDS if card.served) and "1080" not in said
     assert max(cell_len(line) for line in said.splitlines()) <= 80
+    assert main(["plan", f"--model={config.model}", f"--data={config.data}", "--png", "p.png"]) == 2
+    assert "name one: --card 4090" in capsys.readouterr().err
 
 
 def test_without_a_card_what_was_asked_for_is_shown(

@@ -46,7 +46,8 @@ MEASURED: list[tuple[dict[str, Any], int, float, float, float, str]] = [
 ]
 
 
-# On an H200: whole runs under --memory (the real data, or rows of up to 2,048 tokens), and twelve steps; as above.
+# Whole runs under --memory (the real data, or rows of up to 2,048 tokens), and twelve steps; as above. On an H200, except
+# where the line says an H100.
 BOUND: list[tuple[dict[str, Any], Choice, float, float, float, str]] = [
     ({"method": "qlora", "memory": "4GiB"}, Choice("adamw", 1), 2.38, 3.13, 28.2, "QLoRA in 4 GiB"),
     ({"method": "full", "memory": "13GiB"}, Choice(EIGHT, 15), 11.25, 11.99, 44.2, "every parameter in 13 GiB"),
@@ -55,6 +56,10 @@ BOUND: list[tuple[dict[str, Any], Choice, float, float, float, str]] = [
     ({"method": "full", "max_length": 2048}, Choice("adamw_8bit", 39, 2048), 20.41, 21.09, 1981,
      "every parameter in 24 GB"),
     ({"max_length": 2048}, Choice("adamw", 1), 9.19, 9.90, 1145, "LoRA in 24 GB"),
+    ({"memory": "8GiB"}, Choice("adamw", 1), 5.64, 6.38, 25.6, "H100: LoRA in 8 GiB"),
+    ({"method": "full", "max_length": 2048}, Choice("adamw_8bit", 2, 15808), 20.95, 21.63, 1474.5,
+     "H100: every parameter in 24 GB"),
+    ({"max_length": 2048}, Choice("adamw", 1, 31616), 15.56, 16.35, 1229.6, "H100: LoRA in 24 GB"),
     ({"max_steps": 12}, Choice("adamw", 40), 7.34, 8.17, 20, "`--method lora` |"),
     ({"method": "full", "max_steps": 12}, Choice("adamw_8bit", 40), 17.18, 17.94, 42,
      "`--method full --optim adamw_8bit` |"),
@@ -96,8 +101,8 @@ def test_the_figures_of_a_card(real: EncodedRows, case: tuple[dict[str, Any], in
 def test_the_figures_under_a_bound(
     real: EncodedRows, case: tuple[dict[str, Any], Choice, float, float, float, str]
 ) -> None:
-    """The same of whole runs on another card, within a tenth of their time; a host that launches is less regular. What
-    was chosen there for the short rows is what is chosen."""
+    """The same of whole runs, within a tenth of their time. What was chosen there for the short rows is what is
+    chosen."""
     settings, choice, reserved, driver, milliseconds, source = case
     (line,) = [row for row in RESULTS.read_text(encoding="utf-8").splitlines() if row.startswith(f"| {source}")]
     figures = re.findall(r"(?<=\| )[\d.]+(?= \|)", line.replace("*", "").replace(",", ""))
@@ -105,11 +110,11 @@ def test_the_figures_under_a_bound(
     long = "max_length" in settings
     rows = EncodedRows.of([Encoded([5] * n, [5] * n) for n in [2048] * 41 + [1782] * 41]) if long else real
     config = TrainConfig(num_train_epochs=1 if long else 3, **settings)
-    planner = planner_for(config, MINICPM_2B, rows, rows[:0], cards.named("H200"))
+    planner = planner_for(config, MINICPM_2B, rows, rows[:0], cards.named("H100" if "H100" in source else "H200"))
     made = planner._made(config, planner.setup(config), choice)
     assert made.parts.reserved / GIB == pytest.approx(reserved, rel=0.05)
     assert made.parts.total / GIB == pytest.approx(driver, rel=0.05)
-    assert made.seconds is not None and 1e3 * made.seconds == pytest.approx(milliseconds, rel=0.2 if long else 0.1)
+    assert made.seconds is not None and 1e3 * made.seconds == pytest.approx(milliseconds, rel=0.1)
     assert not config.memory or planner.plan(config).choice == choice
 
 
