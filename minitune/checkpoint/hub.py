@@ -23,6 +23,7 @@ from minitune.config import UserError
 EMBEDDED = "smollm2"
 HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w][\w.-]*", re.ASCII)
 RECEIPT = ".minitune.json"  # {file: bytes}, written into a snapshot once all of it is there
+SMALL_RECEIPT = ".minitune.small.json"  # the same of a snapshot without weights
 
 
 def resolve(
@@ -32,17 +33,19 @@ def resolve(
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     quiet: bool = False,
+    weights: bool = True,
 ) -> Path:
     """The folder of a model: `name` itself where it is one, the embedded `smollm2`, or a hub's snapshot.
 
     A snapshot that is whole on disk needs no network. Otherwise `source` ("modelscope" or "huggingface") is
     asked first and the other hub where that one has it not, which a line on stderr says. `cache_dir` replaces
-    the hubs' own caches; `quiet` drops the progress bars and nothing else. Raises UserError.
+    the hubs' own caches; `quiet` drops the progress bars and nothing else; without `weights` config.json and the
+    tokenizer are enough, and nothing else is downloaded. Raises UserError.
     """
     name = os.fspath(name)
     folder = Path(name).expanduser()
     if folder.is_dir():
-        verify(folder)
+        verify(folder, weights=weights)
         return folder
     if folder.is_file():
         if folder.suffix == ".gguf":
@@ -66,7 +69,7 @@ def resolve(
     order = [hubs.pop(source), *hubs.values()]
     say = functools.partial(print, file=sys.stderr, flush=True)
     with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
-        return _snapshot(name, order, revision, Path(cache_dir).expanduser() if cache_dir else None, say)
+        return _snapshot(name, order, revision, Path(cache_dir).expanduser() if cache_dir else None, say, weights)
 
 
 def _snapshot(
@@ -75,29 +78,30 @@ def _snapshot(
     revision: str | None,
     cache_dir: Path | None,
     say: Callable[[str], None],
+    weights: bool,
 ) -> Path:
     cached: list[Path | None] = []
     for hub in order:
         cached.append(hub.cached(name, revision, cache_dir))
-        if (found := cached[-1]) and _whole(found):
-            verify(found)
+        if (found := cached[-1]) and (_whole(found, RECEIPT) or (not weights and _whole(found, SMALL_RECEIPT))):
+            verify(found, weights=weights)
             return found
     reasons: list[str] = []
     for hub in order:
         try:
-            folder, files = hub.fetch(name, revision, cache_dir)
+            folder, files = hub.fetch(name, revision, cache_dir, weights)
         except sources.Unavailable as reason:
             if not reasons:
                 say(f"minitune: {hub.title} {reason}; asking {order[-1].title}")
             reasons.append(f"{hub.title} {reason}")
             continue
-        verify(folder)
-        _sign(folder, files)
+        verify(folder, weights=weights)
+        _sign(folder, files, RECEIPT if weights else SMALL_RECEIPT)
         return folder
     # Another program's download leaves no receipt: nothing proves it whole; without a hub it is what we have.
     for found in filter(None, cached):
         with contextlib.suppress(UserError):
-            verify(found, tokenizer=True)
+            verify(found, tokenizer=True, weights=weights)
             say(f"minitune: {' and '.join(reasons)}; taking {found} as it is, not known to be whole")
             return found
     where = f" at revision {revision}" if revision else ""
@@ -106,17 +110,17 @@ def _snapshot(
     )
 
 
-def _sign(folder: Path, files: list[str]) -> None:
+def _sign(folder: Path, files: list[str], receipt: str) -> None:
     with contextlib.suppress(OSError):  # a cache that can only be read: then the hub is asked each time
         sizes = {file: (folder / file).stat().st_size for file in files}
-        temp = folder / f"{RECEIPT}.{os.getpid()}"
+        temp = folder / f"{receipt}.{os.getpid()}"
         temp.write_text(json.dumps(sizes, ensure_ascii=False), encoding="utf-8")
-        os.replace(temp, folder / RECEIPT)
+        os.replace(temp, folder / receipt)
 
 
-def _whole(folder: Path) -> bool:
+def _whole(folder: Path, receipt: str) -> bool:
     try:
-        sizes = json.loads((folder / RECEIPT).read_text(encoding="utf-8"))
+        sizes = json.loads((folder / receipt).read_text(encoding="utf-8"))
         return all((folder / file).stat().st_size == size for file, size in sizes.items())
     except (OSError, ValueError, AttributeError):
         return False
@@ -144,15 +148,16 @@ def download(
     return folder
 
 
-def verify(folder: str | os.PathLike[str], *, tokenizer: bool = False) -> None:
-    """UserError where `folder` cannot be loaded: what is missing, empty or cut short. Reads no weights."""
+def verify(folder: str | os.PathLike[str], *, tokenizer: bool = False, weights: bool = True) -> None:
+    """UserError where `folder` cannot be loaded: what is missing, empty or cut short. Reads no weights, and without
+    `weights` does not look for them."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise UserError(f"{folder}: is an adapter; give its base as --model and this folder as --adapter")
         raise UserError(f"{folder}: has no config.json; give the folder of a model, as the hub lays it out")
     _json(folder / "config.json")
-    for path in _weight_files(folder):
+    for path in _weight_files(folder) if weights else ():
         if path.suffix == ".safetensors":
             _check_safetensors(path)
         else:

@@ -52,15 +52,17 @@ class Source(Protocol):
     def cached(self, name: str, revision: str | None, cache_dir: Path | None) -> Path | None:
         """The newest snapshot on disk, whole or not; no network."""
 
-    def fetch(self, name: str, revision: str | None, cache_dir: Path | None) -> tuple[Path, list[str]]:
+    def fetch(self, name: str, revision: str | None, cache_dir: Path | None, weights: bool) -> tuple[Path, list[str]]:
         """(snapshot folder, files that it must hold). Unavailable before the first byte, UserError after."""
 
 
-def wanted(files: Iterable[str]) -> list[str]:
-    """What training and chat read of these files: never code, and `.bin` only where no safetensors are."""
+def wanted(files: Iterable[str], weights: bool = True) -> list[str]:
+    """What training and chat read of these files, or what there is without weights: never code, and `.bin` only where
+    no safetensors are."""
     top = [f for f in files if not any(fnmatch(f, pattern) for pattern in NEVER)]
-    weights = SAFETENSORS if any(f.endswith(".safetensors") for f in top) else PICKLES
-    return sorted(f for f in top if f in SMALL_FILES or any(fnmatch(f, pattern) for pattern in weights))
+    large = SAFETENSORS if any(f.endswith(".safetensors") for f in top) else PICKLES
+    patterns = large if weights else ()
+    return sorted(f for f in top if f in SMALL_FILES or any(fnmatch(f, pattern) for pattern in patterns))
 
 
 class ModelScope:
@@ -86,7 +88,7 @@ class ModelScope:
         except (CacheNotFound, OSError):
             return None
 
-    def fetch(self, name: str, revision: str | None, cache_dir: Path | None) -> tuple[Path, list[str]]:
+    def fetch(self, name: str, revision: str | None, cache_dir: Path | None, weights: bool) -> tuple[Path, list[str]]:
         from modelscope_hub import HubApi, HubConfig
 
         _must_answer(self.endpoint or "https://modelscope.cn")
@@ -97,7 +99,7 @@ class ModelScope:
             files = {f.path: f for f in api.list_repo_files(name, "model", revision=revision) if not f.is_dir}
         except Exception as error:
             raise Unavailable(_reason(error, revision)) from None
-        names = wanted(files)
+        names = wanted(files, weights)
         cache = (cache_dir or HubConfig().cache_dir).expanduser()
         old = "models/" + name.replace(".", "___")  # where older clients kept it, and this one goes on
         kept = [cache / "models" / name.replace("/", "--"), cache / old, cache / "hub" / old]
@@ -130,7 +132,7 @@ class HuggingFace:
         except (OSError, ValueError):
             return None
 
-    def fetch(self, name: str, revision: str | None, cache_dir: Path | None) -> tuple[Path, list[str]]:
+    def fetch(self, name: str, revision: str | None, cache_dir: Path | None, weights: bool) -> tuple[Path, list[str]]:
         from huggingface_hub import HfApi, constants, snapshot_download
 
         if constants.is_offline_mode():
@@ -143,7 +145,7 @@ class HuggingFace:
         except Exception as error:
             raise Unavailable(_reason(error, revision)) from None
         sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
-        names = wanted(sizes)
+        names = wanted(sizes, weights)
         cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
         blobs = cache / ("models--" + name.replace("/", "--")) / "blobs"
         _must_fit(name, cache, sum(sizes[f] for f in names), [blobs])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from minitune.checkpoint import hub
 from minitune.checkpoint.weights import choose_device, int4_group, read_config
 from minitune.config import TrainConfig, UserError
 from minitune.train import cards
@@ -50,8 +50,7 @@ class Where:
 
 def rows_of(config: TrainConfig) -> Prepared:
     """The data's lengths; of the model its tokenizer and config.json alone."""
-    folder = Path(config.model)
-    return prepare(config, base=folder if (folder / "config.json").is_file() else None)
+    return prepare(config, base=hub.resolve(config.model, source=config.source, weights=False))
 
 
 def sheet(config: TrainConfig, where: Where, one: bool) -> Sheet:

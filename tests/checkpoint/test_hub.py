@@ -127,6 +127,31 @@ def test_arrives_byte_equal_without_code_and_then_needs_no_hub(source, tiny, hom
 
 
 @pytest.mark.parametrize("source", BOTH)
+def test_without_weights_the_small_files_are_enough(source, tiny, home, monkeypatch):
+    """Only they are asked for, the second time nobody is, and a later call with weights fetches what is not there."""
+    small = {name for name in NEEDED if name != WEIGHTS}
+    with HubServer({"owner/tiny": tiny}) as server:
+        point(monkeypatch, server.url, server.url)
+        folder = hub.resolve("owner/tiny", source=source, cache_dir=home, quiet=True, weights=False)
+        assert set(content(folder)) == small and not server.asked_for(WEIGHTS)
+        asked = len(server.seen)
+        assert hub.resolve("owner/tiny", source=source, cache_dir=home, weights=False) == folder
+        assert len(server.seen) == asked
+        assert hub.resolve("owner/tiny", source=source, cache_dir=home, quiet=True) == folder
+        assert content(folder) == {name: tiny[name] for name in NEEDED}
+    assert hub.resolve("owner/tiny", source=source, cache_dir=home, weights=False) == folder
+
+
+@pytest.mark.parametrize("source", BOTH)
+def test_small_files_alone_are_no_model(source, tiny, home, monkeypatch):
+    """Where the hub is gone before the weights came."""
+    with HubServer({"owner/tiny": tiny}) as server:
+        point(monkeypatch, server.url, server.url)
+        hub.resolve("owner/tiny", source=source, cache_dir=home, quiet=True, weights=False)
+    assert "does not answer" in refused("owner/tiny", source=source, cache_dir=home)
+
+
+@pytest.mark.parametrize("source", BOTH)
 def test_sharded_bin_where_no_safetensors_are(source, home, monkeypatch):
     """MiniCPM-2B-sft-fp32's kind: the .bin shards and their index are fetched."""
     files = repository(GOLDEN / "tiny-2b-bin", modeling_minicpm__py=CODE)
