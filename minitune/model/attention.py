@@ -3,7 +3,7 @@
 Legend: T packed tokens, N query heads, K key/value heads, D head width, S documents (or slots).
 `varlen` is flash attention over variable lengths; `documents` goes document by document (CPU); `masked` is one
 call with a block-diagonal mask, of static shape (older cards, float32 on a card). `short` is the Triton kernel that
-rotates and attends in one launch (`attention_kernels.rope_attention`). `reference` is the plain twin
+rotates and attends in one launch (`rope_attention`). `reference` is the plain twin
 that all of them, and cached decoding, are tested against.
 """
 

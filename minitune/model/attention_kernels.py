@@ -1,4 +1,5 @@
-"""Rotary and causal attention over packed short documents in one launch, q|k|v as they leave their linear.
+"""Rotary and causal attention over packed short documents in one launch, q|k|v as they leave their linear, and their
+gradient in two: documents of one block, and longer ones.
 
 Flash attention's tiles of 128 waste most of their work on documents of some 50 tokens, and three more launches a layer
 rotate and copy. Twin: `rope.rotate` and `attention.reference`.
@@ -10,22 +11,27 @@ strip behind the output in the fused layers (`model.fused`), 0 elsewhere.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from minitune.model.kernels import AVAILABLE, launch
 
+if TYPE_CHECKING:
+    from minitune.model.fused_ops import Beside
+
 BLOCK = 64  # tokens a tile; most documents are one, so that loads have nothing to run ahead of
 LONGEST = 512  # tokens a document for which these kernels are chosen
-STRIDE = 23  # blocks from one to the next of a program; prime, so that it meets all places of equal documents
+# Backward of longer documents: at least so many programs, dealt into one of these numbers a head; primes above the
+# blocks of a document, so that a program's blocks are not always the same one of equal documents.
+PROGRAMS, STRIDES = 1500, (23, 47, 97, 199)
 OPTIONS: dict[str, dict[str, int]] = {
     "forward": {"num_warps": 4, "num_stages": 1},
     "backward": {"num_warps": 4, "num_stages": 1},
 }
-# Of a thread in backward, one block and several, where heads are at most 64 wide: four and three programs a processor
-# instead of three and two.
+# Of a thread in backward, one block and several: four and three programs a processor of an H100 instead of three and
+# two. Elsewhere not measured; other types, wider heads and several query heads a key head would spill.
 REGISTERS = 128, 168
 
 
@@ -140,8 +146,8 @@ if AVAILABLE:
         qkv_ptr, cos_ptr, sin_ptr, cu_ptr, delta_ptr, lse_ptr, dout_ptr, dqkv_ptr, tokens, scale,
         N: tl.constexpr, K: tl.constexpr, D: tl.constexpr, B: tl.constexpr,
     ):  # fmt: skip
-        """A program a (key head, document), where that is one block: all of its gradients from scores made once. What
-        is done is stored before the next is made, so that little is held."""
+        """A program a (key head, document), where that is one block: all of its gradients from scores made once. Of one
+        query head, each is stored before the next is made, so that little is held."""
         F: tl.constexpr = D // 2
         G: tl.constexpr = N // K
         stride: tl.constexpr = (N + 2 * K) * D
@@ -153,22 +159,31 @@ if AVAILABLE:
             k1, k2 = _rotated(qkv_ptr + (N + kv) * D, cos_ptr, sin_ptr, i, ok, stride, F)
             at = (N + K + kv) * D + i[:, None] * stride + tl.arange(0, D)
             v = tl.load(qkv_ptr + at, mask=ok[:, None], other=0.0)
-            dk1, dk2 = tl.zeros((B, F), tl.float32), tl.zeros((B, F), tl.float32)
-            dv = tl.zeros((B, D), tl.float32)
-            for g in tl.static_range(0, G):
-                head = kv * G + g
+            if G == 1:
                 q1, q2, do, delta, lse = _query_side(
-                    qkv_ptr, cos_ptr, sin_ptr, delta_ptr, lse_ptr, dout_ptr, head, i, ok, tokens, stride, N, D
+                    qkv_ptr, cos_ptr, sin_ptr, delta_ptr, lse_ptr, dout_ptr, kv, i, ok, tokens, stride, N, D
                 )
                 p, ds = _scores(q1, q2, k1, k2, do, v, delta, lse, i, i, ok, ok, scale)
-                dv += _dot(tl.trans(p), do)
-                if g == G - 1:
-                    tl.store(dqkv_ptr + at, dv.to(dqkv_ptr.dtype.element_ty), mask=ok[:, None])
-                dk1 += _dot(tl.trans(ds), q1)
-                dk2 += _dot(tl.trans(ds), q2)
-                if g == G - 1:
-                    _store_unrotated(dqkv_ptr + (N + kv) * D, cos_ptr, sin_ptr, i, ok, stride, dk1, dk2, F)
-                _store_unrotated(dqkv_ptr + head * D, cos_ptr, sin_ptr, i, ok, stride, _dot(ds, k1), _dot(ds, k2), F)
+                tl.store(dqkv_ptr + at, _dot(tl.trans(p), do).to(dqkv_ptr.dtype.element_ty), mask=ok[:, None])
+                d1, d2 = _dot(tl.trans(ds), q1), _dot(tl.trans(ds), q2)
+                _store_unrotated(dqkv_ptr + (N + kv) * D, cos_ptr, sin_ptr, i, ok, stride, d1, d2, F)
+                d1, d2 = _dot(ds, k1), _dot(ds, k2)
+                _store_unrotated(dqkv_ptr + kv * D, cos_ptr, sin_ptr, i, ok, stride, d1, d2, F)
+            else:
+                dk1, dk2 = tl.zeros((B, F), tl.float32), tl.zeros((B, F), tl.float32)
+                dv = tl.zeros((B, D), tl.float32)
+                for head in range(kv * G, kv * G + G):
+                    q1, q2, do, delta, lse = _query_side(
+                        qkv_ptr, cos_ptr, sin_ptr, delta_ptr, lse_ptr, dout_ptr, head, i, ok, tokens, stride, N, D
+                    )
+                    p, ds = _scores(q1, q2, k1, k2, do, v, delta, lse, i, i, ok, ok, scale)
+                    dv += _dot(tl.trans(p), do)
+                    dk1 += _dot(tl.trans(ds), q1)
+                    dk2 += _dot(tl.trans(ds), q2)
+                    d1, d2 = _dot(ds, k1), _dot(ds, k2)
+                    _store_unrotated(dqkv_ptr + head * D, cos_ptr, sin_ptr, i, ok, stride, d1, d2, F)
+                tl.store(dqkv_ptr + at, dv.to(dqkv_ptr.dtype.element_ty), mask=ok[:, None])
+                _store_unrotated(dqkv_ptr + (N + kv) * D, cos_ptr, sin_ptr, i, ok, stride, dk1, dk2, F)
 
     @triton.jit(do_not_specialize=["tokens", "documents"])
     def _backward(
@@ -234,6 +249,10 @@ def _constants(qkv: Tensor, cu_seqlens: Tensor, heads: int, kv_heads: int) -> di
     return {"N": heads, "K": kv_heads, "D": head_dim, "S": triton.next_power_of_2(documents), "B": BLOCK}
 
 
+def _hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
 def attend_forward(
     qkv_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor, cu_seqlens: Tensor, out: Tensor, heads: int, kv_heads: int,
     scale: float, strip_TR: Tensor | None = None,
@@ -253,81 +272,24 @@ def attend_forward(
 
 def attend_backward(
     dout: Tensor, qkv_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor, cu_seqlens: Tensor, delta: Tensor, lse: Tensor,
-    heads: int, kv_heads: int, scale: float, beside: Any = None,
+    heads: int, kv_heads: int, scale: float, beside: Beside | None = None,
 ) -> Tensor:  # fmt: skip
-    """d qkv; dout [T, N · D] contiguous, delta [N, T] float32: the sum of dout · out over each head. beside: a
-    `fused_ops.Beside` of its own, on whose stream the documents of one block go, beside the longer ones."""
+    """d qkv; dout [T, N · D] contiguous, delta [N, T] float32: the sum of dout · out over each head. beside: one of
+    its own, on whose stream the documents of one block go, beside the longer ones."""
     tokens, documents = qkv_TX.shape[0], cu_seqlens.numel() - 1
     dqkv = torch.empty_like(qkv_TX)
     rows = qkv_TX, cos_TF, sin_TF, cu_seqlens, delta, lse, dout, dqkv
     constants = _constants(qkv_TX, cu_seqlens, heads, kv_heads)
     short, long = dict(OPTIONS["backward"]), dict(OPTIONS["backward"])
-    if constants["D"] <= 64 and heads == kv_heads:
+    if constants["D"] <= 64 and heads == kv_heads and dqkv.element_size() == 2 and _hopper():
         short["maxnreg"], long["maxnreg"] = REGISTERS
     one = {name: constants[name] for name in "NKDB"}
-    with beside(dqkv) if beside else nullcontext():
+    with beside() if beside else nullcontext():  # all that it reads and writes lives until `join`
         launch(_backward_short, (kv_heads, documents), *rows, tokens, scale, **one, **short)
+    tasks = kv_heads + heads
     blocks = -(-tokens // BLOCK) + min(documents, tokens // (BLOCK + 1))
-    grid = kv_heads + heads, min(blocks, STRIDE)
-    launch(_backward, grid, *rows, tokens, documents, scale, **constants, **long)
+    many = next((many for many in STRIDES if many * tasks >= PROGRAMS), STRIDES[-1])
+    launch(_backward, (tasks, min(blocks, many)), *rows, tokens, documents, scale, **constants, **long)
     if beside:
         beside.join()
     return dqkv
-
-
-@torch.library.custom_op("minitune::rope_attention", mutates_args=())
-def rope_attention(
-    qkv_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor, cu_seqlens: Tensor, heads: int, kv_heads: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Rotates q and k and attends causally within each document.
-
-    qkv_TX: [T, (N + 2K) · D], contiguous, D a power of two from 32 to 128. cos_TF, sin_TF: float32 [T, F], contiguous.
-    cu_seqlens: int32 [S + 1], covering all T tokens. Returns (out [T, N · D], log2-sum-exp [N, T] float32).
-    """
-    width = heads * (qkv_TX.shape[1] // (heads + 2 * kv_heads))
-    out = torch.empty(qkv_TX.shape[0], width, dtype=qkv_TX.dtype, device=qkv_TX.device)
-    return out, attend_forward(qkv_TX, cos_TF, sin_TF, cu_seqlens, out, heads, kv_heads, scale)
-
-
-@rope_attention.register_fake
-def _(qkv_TX, cos_TF, sin_TF, cu_seqlens, heads, kv_heads, scale):
-    tokens, width = qkv_TX.shape
-    head_dim = width // (heads + 2 * kv_heads)
-    return qkv_TX.new_empty(tokens, heads * head_dim), qkv_TX.new_empty(heads, tokens, dtype=torch.float32)
-
-
-@torch.library.custom_op("minitune::rope_attention_backward", mutates_args=())
-def rope_attention_backward(
-    dout: Tensor,
-    qkv_TX: Tensor,
-    cos_TF: Tensor,
-    sin_TF: Tensor,
-    cu_seqlens: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    heads: int,
-    kv_heads: int,
-    scale: float,
-) -> Tensor:
-    """d loss / d qkv of `rope_attention`."""
-    delta = (dout.float() * out.float()).view(out.shape[0], heads, -1).sum(-1).T.contiguous()
-    return attend_backward(dout.contiguous(), qkv_TX, cos_TF, sin_TF, cu_seqlens, delta, lse, heads, kv_heads, scale)
-
-
-@rope_attention_backward.register_fake
-def _(dout, qkv_TX, cos_TF, sin_TF, cu_seqlens, out, lse, heads, kv_heads, scale):
-    return torch.empty_like(qkv_TX)
-
-
-def _save(ctx, inputs, output):
-    qkv, cos, sin, cu, ctx.heads, ctx.kv_heads, ctx.scale = inputs
-    ctx.save_for_backward(qkv, cos, sin, cu, *output)
-
-
-def _differentiate(ctx, dout, dlse):
-    qkv, cos, sin, cu, out, lse = ctx.saved_tensors
-    dqkv = rope_attention_backward(dout, qkv, cos, sin, cu, out, lse, ctx.heads, ctx.kv_heads, ctx.scale)
-    return dqkv, None, None, None, None, None, None
-
-
-rope_attention.register_autograd(_differentiate, setup_context=_save)

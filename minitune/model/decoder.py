@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minitune.model import attention_kernels
 from minitune.model.attention import PackedLayout
 from minitune.model.lora import Dropout, Lora, LoraConfig
 from minitune.model.packed import multiply
 from minitune.model.rope import Rope, rotate
+from minitune.model.rope_attention import rope_attention
 
 SUPPORTED = ("MiniCPMForCausalLM", "LlamaForCausalLM", "GraniteForCausalLM")
 
@@ -175,7 +175,7 @@ class Attention(nn.Module):
     def forward(self, x_TH: Tensor, cos: Tensor, sin: Tensor, layout: Any, dropout: Dropout | None) -> Tensor:
         qkv_TX = self.qkv(x_TH, dropout)
         if layout.kernel == "short":
-            y_TX, _ = attention_kernels.rope_attention(
+            y_TX, _ = rope_attention(
                 qkv_TX, cos[:, 0], sin[:, 0], layout.cu_seqlens, self.heads, self.kv_heads, self.scale
             )
             return self.o(y_TX, dropout)

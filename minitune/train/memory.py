@@ -144,14 +144,13 @@ def _mask(setup: Setup, load: Load) -> int:
 
 
 def _adapters(setup: Setup, load: Load, choice: Choice) -> Parts:
-    size, H, F = setup.size, setup.shape.hidden_size, setup.shape.intermediate_size
+    size, H = setup.size, setup.shape.hidden_size
     layers, kernel = setup.shape.num_hidden_layers, setup.kernel(load.longest)
     each = [layer_bytes(setup, kernel, i) for i in range(layers)]
     logits = _logits(setup, load, choice)
     learns = Parts(weights=4 * setup.adapters, gradients=4 * setup.adapters, optimizer=8 * setup.adapters)
     if not setup.by_hand:
-        working = (2 * F + 3 * H) * size
-        kept = sum(each)
+        working, kept = _working(setup, load, 3), sum(each)
         if choice.whole < layers:
             kept, working = layers * H * size, working + max(each)
         return replace(learns, activations=load.tokens * (kept + working) + _mask(setup, load), logits=logits)
@@ -165,7 +164,7 @@ def _adapters(setup: Setup, load: Load, choice: Choice) -> Parts:
     # layer's backward.
     norm = load.tokens * H * (20 + 9 * size // 2)
     head = logits + load.tokens * H * (4 + 3 * size)
-    layer = load.tokens * (max((2 * F + 3 * H) * size, _rotation(setup, load)) + max(0, again - kept))
+    layer = load.tokens * (_working(setup, load, 3) + max(0, again - kept))
     return _at_peak(learns, load.tokens * kept, logits, max(norm, head, layer))
 
 
@@ -184,7 +183,7 @@ def _full(setup: Setup, load: Load, choice: Choice) -> Parts:
 
 
 def _full_backward(setup: Setup, load: Load, choice: Choice) -> Parts:
-    size, H, F = setup.size, setup.shape.hidden_size, setup.shape.intermediate_size
+    size, H = setup.size, setup.shape.hidden_size
     layers, whole, count = setup.shape.num_hidden_layers, choice.whole, setup.parameters
     layer = layer_bytes(setup, setup.kernel(load.longest))
     logits, tokens = _logits(setup, load, choice), load.tokens
@@ -195,10 +194,9 @@ def _full_backward(setup: Setup, load: Load, choice: Choice) -> Parts:
         learns = replace(learns, gradients=size * count)
     else:  # one gradient of a layer's matrices is at hand
         learns = replace(learns, gradients=size * max(setup.matrices.values()))
-    working = (2 * F + 4 * H) * size
     kept = whole * layer + (layers - whole) * H * size
     if not setup.by_hand:
-        more = tokens * (working + (layer if whole < layers else 0)) + _mask(setup, load) + logits
+        more = tokens * (_working(setup, load, 4) + (layer if whole < layers else 0)) + _mask(setup, load) + logits
         return _at_peak(learns, tokens * kept, logits, more)
     backward, head = _backward(setup, load, choice), setup.head * size
     if choice.optim != "adamw_8bit_in_backward" or load.positions > H:
@@ -214,18 +212,20 @@ def _full_backward(setup: Setup, load: Load, choice: Choice) -> Parts:
 
 def _backward(setup: Setup, load: Load, choice: Choice) -> int:
     """What layers by hand hold when their backward begins, or where the first of them is computed again."""
-    size, H, F = setup.size, setup.shape.hidden_size, setup.shape.intermediate_size
+    size, H = setup.size, setup.shape.hidden_size
     layers, layer = setup.shape.num_hidden_layers, layer_bytes(setup, setup.kernel(load.longest))
     kept = choice.whole * layer + (layers - choice.whole) * H * size
     again = layers * H * size + layer if choice.whole < layers else 0
-    return load.tokens * (max(kept, again) + max((2 * F + 4 * H) * size, _rotation(setup, load)))
+    return load.tokens * (max(kept, again) + _working(setup, load, 4))
 
 
-def _rotation(setup: Setup, load: Load) -> int:
-    """Bytes a token that attention's backward holds where autograd rotates q and k."""
+def _working(setup: Setup, load: Load, hidden: int) -> int:
+    """Bytes a token that a layer's backward holds beside what is kept: the MLP's part with so many hidden states, or
+    attention's where autograd rotates q and k."""
     s = setup.shape
     values = (s.num_attention_heads + s.num_key_value_heads) * s.head_dim
-    return 0 if setup.kernel(load.longest) == "short" else ROTATED * values
+    rotated = 0 if setup.kernel(load.longest) == "short" else ROTATED * values
+    return max((2 * s.intermediate_size + hidden * s.hidden_size) * setup.size, rotated)
 
 
 def spare(setup: Setup, load: Load, choice: Choice) -> int:

@@ -14,7 +14,7 @@ from minitune.train.steps import Walk
 
 PRODUCTS = 0.62  # of the card's multiplications a second, in large products
 LONG = 0.25  # the same in the attention of long rows
-ROTATED = 48, 52  # bytes a value of q and k that long rows' rotation moves, forward and backward
+ROTATION = 48, 52  # bytes a value of q and k that long rows' rotation moves, forward and backward
 TRAFFIC = 0.8  # of its bandwidth, in what lies between them
 FORMED = 1.0  # where weights of four bits are formed, much of it within the cache
 UPDATE, FASTEST = 0.85, 2.4e12  # in the optimizer; bytes a second that its arithmetic lets through at most
@@ -27,11 +27,11 @@ def step_seconds(setup: Setup, choice: Choice, card: Card, walk: Walk) -> float:
     """The mean of a run's steps."""
     packs = len(walk.sizes)
     tokens, positions = (float(walk.sizes[:, i].sum()) for i in (0, 1)) if packs else (0.0, 0.0)
-    short = setup.kernel(walk.load.longest) == "short" or not setup.by_hand
-    attended = _attention(setup, choice, walk.context) * tokens * (1.0 if short else PRODUCTS / LONG)
+    long = setup.by_hand and setup.kernel(walk.load.longest) != "short"  # of plain layers it is within PLAIN
+    attended = _attention(setup, choice, walk.context) * tokens * (PRODUCTS / LONG if long else 1.0)
     computed = (_products(setup, choice, tokens, positions) + attended) / (PRODUCTS * card.tflops * 1e12)
     layers = setup.shape.num_hidden_layers
-    moved = (_traffic(setup, choice) + (0 if short else _rotation(setup, choice))) * tokens
+    moved = (_traffic(setup, choice) + (_rotation(setup, choice) if long else 0)) * tokens
     moved += _weights_traffic(setup, choice) * packs * TRAFFIC / FORMED
     if setup.lora is None:  # a step's gradients are added up, pack by pack
         moved += 2 * setup.size * setup.parameters * max(0, packs - walk.walked)
@@ -73,7 +73,7 @@ def _attention(setup: Setup, choice: Choice, context: float) -> float:
 
 def _rotation(setup: Setup, choice: Choice) -> float:
     """Bytes a token, where q and k are not rotated by attention's own kernel."""
-    s, (there, back) = setup.shape, ROTATED
+    s, (there, back) = setup.shape, ROTATION
     values = (s.num_attention_heads + s.num_key_value_heads) * s.head_dim
     return s.num_hidden_layers * values * (there * (1 + _recomputed(setup, choice)) + back)
 

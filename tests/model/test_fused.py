@@ -187,12 +187,13 @@ class Late(fused_ops.Beside):
     def __call__(self, *held: Tensor) -> Iterator[None]:
         launch, mm = fused_ops.launch, torch.mm
         later = self.waiting.append
-        fused_ops.launch = lambda *a, **k: later(partial(launch, *a, **k))
+        fused_ops.launch = attention_kernels.launch = lambda *a, **k: later(partial(launch, *a, **k))
         torch.mm = lambda *a, **k: later(partial(mm, *a, **k))  # type: ignore[assignment]
         try:
             yield
         finally:
-            fused_ops.launch, torch.mm = launch, mm  # type: ignore[assignment]
+            fused_ops.launch = attention_kernels.launch = launch
+            torch.mm = mm  # type: ignore[assignment]
 
     def join(self) -> None:
         waiting, self.waiting[:] = list(self.waiting), []
@@ -202,15 +203,24 @@ class Late(fused_ops.Beside):
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the order of a CPU stands in for a second stream")
 @pytest.mark.parametrize("split", [1, fused_ops.SPLIT])
-@pytest.mark.parametrize(("targets", "keep"), [(QKVO, True), (QKVO, False), (("o_proj",), True), ("all-linear", True)])
+@pytest.mark.parametrize(
+    ("targets", "keep", "kernel"),
+    [
+        (QKVO, True, "masked"),
+        (QKVO, False, "masked"),
+        (("o_proj",), True, "masked"),
+        ("all-linear", True, "masked"),
+        (QKVO, True, "short"),
+    ],
+)
 def test_the_second_stream_is_waited_for(
-    targets: tuple[str, ...] | str, keep: bool, split: int, monkeypatch: pytest.MonkeyPatch
+    targets: tuple[str, ...] | str, keep: bool, kernel: str, split: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Gradients are the plain ones even where all work of the second stream comes as late as it may."""
+    """Gradients are the plain ones even where all work of the second streams comes as late as it may."""
     monkeypatch.setattr(fused, "Beside", Late)
     monkeypatch.setattr(fused_ops, "SPLIT", split)
     decoder = decoder_of(SHAPE, targets, torch.float32)
     _, want = run(copy.deepcopy(decoder), layout_of("masked"), True)
     decoder.stack = FusedStack(decoder, keep)
-    _, got = run(decoder, layout_of("masked"), True)
+    _, got = run(decoder, layout_of(kernel), True)
     assert max(far(g, w) for g, w in zip(got, want, strict=True)) < 1e-5

@@ -10,16 +10,29 @@ pytest.importorskip("triton", reason="Triton is not installed (pip install trito
 from minitune.model import attention_kernels, kernels  # noqa: E402
 from minitune.model.attention import reference  # noqa: E402
 from minitune.model.rope import Rope, rotate  # noqa: E402
+from minitune.model.rope_attention import rope_attention  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2)])
-@pytest.mark.parametrize("lengths", [[1], [64, 65], [5, 130, 17, 0, 44], [63, 2, 200], [100, 3] * 13])
-def test_rope_attention_is_rotate_then_attend(heads: int, kv_heads: int, lengths: list[int]) -> None:
-    """Values and gradients equal float64 attention over rotated q and k; an empty document is no document. The last has more blocks than programs."""
-    generator, width, tokens = torch.Generator().manual_seed(1), 32, sum(lengths)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "lengths"),
+    [
+        *((4, kv, 32, lengths) for kv in (4, 2) for lengths in ([1], [64, 65], [5, 130, 17, 0, 44], [63, 2, 200])),
+        (2, 2, 64, [64, 100]),
+        (8, 1, 32, [20, 65]),
+        (2, 1, 128, [30, 70]),
+        (4, 4, 32, [100, 3] * 13),
+    ],
+)
+def test_rope_attention_is_rotate_then_attend(
+    heads: int, kv_heads: int, width: int, lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and gradients equal float64 attention over rotated q and k; an empty document is no document. The last has
+    more blocks than programs."""
+    monkeypatch.setattr(attention_kernels, "STRIDES", (23,))
+    generator, tokens = torch.Generator().manual_seed(1), sum(lengths)
     qkv = torch.randn(tokens, (heads + 2 * kv_heads) * width, generator=generator).to(DEVICE, DTYPE)
     weight = torch.randn(tokens, heads * width, generator=generator).to(DEVICE, DTYPE)
     positions = torch.cat([torch.arange(n) for n in lengths]).to(DEVICE)
@@ -27,9 +40,7 @@ def test_rope_attention_is_rotate_then_attend(heads: int, kv_heads: int, lengths
     cu = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(DEVICE)
 
     ours = qkv.clone().requires_grad_()
-    out, _ = attention_kernels.rope_attention(
-        ours, cos[:, 0].contiguous(), sin[:, 0].contiguous(), cu, heads, kv_heads, 0.2
-    )
+    out, _ = rope_attention(ours, cos[:, 0].contiguous(), sin[:, 0].contiguous(), cu, heads, kv_heads, 0.2)
     (out * weight).sum().backward()
 
     plain = qkv.double().requires_grad_()

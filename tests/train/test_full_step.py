@@ -130,15 +130,17 @@ def test_by_hand_gives_autograds_gradients(tied: bool, whole: int, buffered: boo
 
 
 @needs_triton
-@pytest.mark.parametrize("ids", [[5] * 97, [*range(40), *[3] * 64], [96], [4, 7, 4, 7, 7]])
-def test_the_rows_of_an_id_are_added_up(ids: list[int]) -> None:
-    """An id that comes more often than a program adds at once, exactly so often and a multiple of it, and once."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ids", [[5] * 97, [5] * 64, [7, *[5] * 32, 8], [*range(40), *[3] * 30], [96], [4, 7, 4, 7, 7]])
+def test_the_rows_of_an_id_are_added_up(ids: list[int], dtype: torch.dtype) -> None:
+    """An id that comes more often than a program adds at once (32), exactly so often, twice as often, and once."""
     ids_T = torch.tensor(ids, device=DEVICE)
-    d_TH = torch.randn(len(ids), 72, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    got = torch.full((97, 72), 2.0, device=DEVICE)
+    d_TH = torch.randn(len(ids), 72, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    got = torch.full((97, 72), 2.0, device=DEVICE, dtype=dtype)
     full_kernels.add_rows(d_TH, ids_T, got, 0.5)
     want = torch.full((97, 72), 2.0, device=DEVICE, dtype=torch.float64)
-    assert far(got, want.index_add(0, ids_T, d_TH.double(), alpha=0.5)) < 1e-6
+    close = 1e-6 if dtype == torch.float32 else 4e-3
+    assert far(got, want.index_add(0, ids_T, d_TH.double(), alpha=0.5)) < close
 
 
 def step_of(optim: str, decoder: Decoder | None = None, **settings: Any) -> FullStep:
@@ -312,14 +314,14 @@ def test_kernels_compiled_early_are_those_that_run(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("optim", ["adamw", "adamw_8bit", "adamw_8bit_in_backward"])
 def test_captured_steps_are_steps_by_hand(optim: str, whole: int) -> None:
     """bfloat16, packs that fill the capacity: six captured steps leave what six uncaptured ones do, bit for bit, with
-    weights' gradients on a second stream and without; the loss is that of autograd's layers."""
+    weights' gradients and short documents on other streams and without; the loss is that of autograd's layers."""
     config = replace(CONFIG, optim=optim)
     packs = [pack_of([70, 58], i).to(torch.device("cpu")) for i in range(6)]
     packs = [replace(p, predict=p.predict[:40], targets=p.targets[:40], supervised=40) for p in packs]
     decoders = [decoder_of(dtype=torch.bfloat16) for _ in range(3)]
     one, other = (full.equip(config, d, whole)[1] for d in decoders[:2])
     assert one.stack is not None and other.stack is not None
-    other.stack.beside.stream = None
+    other.stack.beside.stream = other.stack.apart.stream = None
     plain = full.equip(config, decoders[2], whole, by_hand=False)[1]
     before = weights(one)
     captured = graph.capture(one, [graph.Capacity(128, 3, 40)], packs[0], longest=70)
