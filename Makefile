@@ -15,7 +15,7 @@ demo: $(VENV)/.base
 # A test with a clock in it (a terminal, a browser, --help within 0.3 s) may miss on a crowded machine: it gets a second
 # run, and the summary says so.
 test: $(VENV)/.dev lint
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --reruns 1
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --reruns 1 -rR
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
