@@ -22,8 +22,7 @@ from minitune.config import UserError
 
 EMBEDDED = "smollm2"
 HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w][\w.-]*", re.ASCII)
-RECEIPT = ".minitune.json"  # {file: bytes}, written into a snapshot once all of it is there
-SMALL_RECEIPT = ".minitune.small.json"  # the same of a snapshot without weights
+RECEIPT = ".minitune.json"  # {file: bytes}, written into a snapshot once all that was asked for is there
 
 
 def resolve(
@@ -83,7 +82,7 @@ def _snapshot(
     cached: list[Path | None] = []
     for hub in order:
         cached.append(hub.cached(name, revision, cache_dir))
-        if (found := cached[-1]) and (_whole(found, RECEIPT) or (not weights and _whole(found, SMALL_RECEIPT))):
+        if (found := cached[-1]) and _whole(found, weights):
             verify(found, weights=weights)
             return found
     reasons: list[str] = []
@@ -96,7 +95,7 @@ def _snapshot(
             reasons.append(f"{hub.title} {reason}")
             continue
         verify(folder, weights=weights)
-        _sign(folder, files, RECEIPT if weights else SMALL_RECEIPT)
+        _sign(folder, files)
         return folder
     # Another program's download leaves no receipt: nothing proves it whole; without a hub it is what we have.
     for found in filter(None, cached):
@@ -110,18 +109,20 @@ def _snapshot(
     )
 
 
-def _sign(folder: Path, files: list[str], receipt: str) -> None:
+def _sign(folder: Path, files: list[str]) -> None:
     with contextlib.suppress(OSError):  # a cache that can only be read: then the hub is asked each time
         sizes = {file: (folder / file).stat().st_size for file in files}
-        temp = folder / f"{receipt}.{os.getpid()}"
+        temp = folder / f"{RECEIPT}.{os.getpid()}"
         temp.write_text(json.dumps(sizes, ensure_ascii=False), encoding="utf-8")
-        os.replace(temp, folder / receipt)
+        os.replace(temp, folder / RECEIPT)
 
 
-def _whole(folder: Path, receipt: str) -> bool:
+def _whole(folder: Path, weights: bool) -> bool:
+    """Whether all that was downloaded is there still, and weights among it where they are needed."""
     try:
-        sizes = json.loads((folder / receipt).read_text(encoding="utf-8"))
-        return all((folder / file).stat().st_size == size for file, size in sizes.items())
+        sizes = json.loads((folder / RECEIPT).read_text(encoding="utf-8"))
+        there = all((folder / file).stat().st_size == size for file, size in sizes.items())
+        return there and (not weights or any(file not in sources.SMALL_FILES for file in sizes))
     except (OSError, ValueError, AttributeError):
         return False
 

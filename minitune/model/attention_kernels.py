@@ -141,6 +141,21 @@ if AVAILABLE:
         lse = tl.load(lse_ptr + head * tokens + i, mask=ok, other=0.0)
         return q1, q2, do, delta, lse
 
+    @triton.jit
+    def _toward_keys(
+        qkv_ptr, cos_ptr, sin_ptr, delta_ptr, lse_ptr, dout_ptr, head, i, there, k1, k2, v, j, ok, dk1, dk2, dv,
+        tokens, scale, stride: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    ):  # fmt: skip
+        """(dk's halves and dv of key rows j with what one head's query rows i add; the scores' gradient)."""
+        q1, q2, do, delta, lse = _query_side(
+            qkv_ptr, cos_ptr, sin_ptr, delta_ptr, lse_ptr, dout_ptr, head, i, there, tokens, stride, N, D
+        )
+        p, ds = _scores(q1, q2, k1, k2, do, v, delta, lse, i, j, there, ok, scale)
+        dv += _dot(tl.trans(p), do)
+        dk1 += _dot(tl.trans(ds), q1)
+        dk2 += _dot(tl.trans(ds), q2)
+        return dk1, dk2, dv, ds
+
     @triton.jit(do_not_specialize=["tokens"])
     def _backward_short(
         qkv_ptr, cos_ptr, sin_ptr, cu_ptr, delta_ptr, lse_ptr, dout_ptr, dqkv_ptr, tokens, scale,
@@ -173,13 +188,10 @@ if AVAILABLE:
                 dk1, dk2 = tl.zeros((B, F), tl.float32), tl.zeros((B, F), tl.float32)
                 dv = tl.zeros((B, D), tl.float32)
                 for head in range(kv * G, kv * G + G):
-                    q1, q2, do, delta, lse = _query_side(
-                        qkv_ptr, cos_ptr, sin_ptr, delta_ptr, lse_ptr, dout_ptr, head, i, ok, tokens, stride, N, D
-                    )
-                    p, ds = _scores(q1, q2, k1, k2, do, v, delta, lse, i, i, ok, ok, scale)
-                    dv += _dot(tl.trans(p), do)
-                    dk1 += _dot(tl.trans(ds), q1)
-                    dk2 += _dot(tl.trans(ds), q2)
+                    dk1, dk2, dv, ds = _toward_keys(
+                        qkv_ptr, cos_ptr, sin_ptr, delta_ptr, lse_ptr, dout_ptr, head, i, ok, k1, k2, v, i, ok,
+                        dk1, dk2, dv, tokens, scale, stride, N, D,
+                    )  # fmt: skip
                     d1, d2 = _dot(ds, k1), _dot(ds, k2)
                     _store_unrotated(dqkv_ptr + head * D, cos_ptr, sin_ptr, i, ok, stride, d1, d2, F)
                 tl.store(dqkv_ptr + at, dv.to(dqkv_ptr.dtype.element_ty), mask=ok[:, None])
@@ -210,15 +222,10 @@ if AVAILABLE:
                 dv = tl.zeros((B, D), tl.float32)
                 for at in range(place * G, (last - first + B - 1) // B * G):
                     i = first + at // G * B + tl.arange(0, B)
-                    there = i < last
-                    head = kv * G + at % G
-                    q1, q2, do, delta, lse = _query_side(
-                        qkv_ptr, cos_ptr, sin_ptr, delta_ptr, lse_ptr, dout_ptr, head, i, there, tokens, stride, N, D
-                    )
-                    p, ds = _scores(q1, q2, k1, k2, do, v, delta, lse, i, mine, there, ok, scale)
-                    dv += _dot(tl.trans(p), do)
-                    dk1 += _dot(tl.trans(ds), q1)
-                    dk2 += _dot(tl.trans(ds), q2)
+                    dk1, dk2, dv, _ = _toward_keys(
+                        qkv_ptr, cos_ptr, sin_ptr, delta_ptr, lse_ptr, dout_ptr, kv * G + at % G, i, i < last,
+                        k1, k2, v, mine, ok, dk1, dk2, dv, tokens, scale, stride, N, D,
+                    )  # fmt: skip
                 _store_unrotated(dqkv_ptr + (N + kv) * D, cos_ptr, sin_ptr, mine, ok, stride, dk1, dk2, F)
                 dv_at = dqkv_ptr + (N + K + kv) * D + mine[:, None] * stride + tl.arange(0, D)
                 tl.store(dv_at, dv.to(dqkv_ptr.dtype.element_ty), mask=ok[:, None])

@@ -222,10 +222,8 @@ def _backward(setup: Setup, load: Load, choice: Choice) -> int:
 def _working(setup: Setup, load: Load, hidden: int) -> int:
     """Bytes a token that a layer's backward holds beside what is kept: the MLP's part with so many hidden states, or
     attention's where autograd rotates q and k."""
-    s = setup.shape
-    values = (s.num_attention_heads + s.num_key_value_heads) * s.head_dim
-    rotated = 0 if setup.kernel(load.longest) == "short" else ROTATED * values
-    return max((2 * s.intermediate_size + hidden * s.hidden_size) * setup.size, rotated)
+    mlp = (2 * setup.shape.intermediate_size + hidden * setup.shape.hidden_size) * setup.size
+    return max(mlp, ROTATED * setup.rotated(load.longest))
 
 
 def spare(setup: Setup, load: Load, choice: Choice) -> int:

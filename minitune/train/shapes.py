@@ -130,6 +130,12 @@ class Setup:
         norms = (2 * s.num_hidden_layers + 1) * s.hidden_size
         return s.num_hidden_layers * sum(self.matrices.values()) + tables + norms
 
+    def rotated(self, longest: int) -> int:
+        """Values a token of q and k that autograd rotates: none where attention's own kernel does."""
+        s = self.shape
+        heads = 0 if self.kernel(longest) == "short" else s.num_attention_heads + s.num_key_value_heads
+        return heads * s.head_dim
+
     def kernel(self, longest: int) -> Kernel:
         """Attention's, for documents of so many tokens."""
         dtype = {2: torch.bfloat16, 4: torch.float32}[self.size]

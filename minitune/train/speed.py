@@ -27,11 +27,12 @@ def step_seconds(setup: Setup, choice: Choice, card: Card, walk: Walk) -> float:
     """The mean of a run's steps."""
     packs = len(walk.sizes)
     tokens, positions = (float(walk.sizes[:, i].sum()) for i in (0, 1)) if packs else (0.0, 0.0)
-    long = setup.by_hand and setup.kernel(walk.load.longest) != "short"  # of plain layers it is within PLAIN
-    attended = _attention(setup, choice, walk.context) * tokens * (PRODUCTS / LONG if long else 1.0)
+    rotated = setup.rotated(walk.load.longest) if setup.by_hand else 0  # of plain layers it is within PLAIN
+    attended = _attention(setup, choice, walk.context) * tokens * (PRODUCTS / LONG if rotated else 1.0)
     computed = (_products(setup, choice, tokens, positions) + attended) / (PRODUCTS * card.tflops * 1e12)
     layers = setup.shape.num_hidden_layers
-    moved = (_traffic(setup, choice) + (_rotation(setup, choice) if long else 0)) * tokens
+    turned = layers * rotated * (ROTATION[0] * (1 + _recomputed(setup, choice)) + ROTATION[1])
+    moved = (_traffic(setup, choice) + turned) * tokens
     moved += _weights_traffic(setup, choice) * packs * TRAFFIC / FORMED
     if setup.lora is None:  # a step's gradients are added up, pack by pack
         moved += 2 * setup.size * setup.parameters * max(0, packs - walk.walked)
@@ -69,13 +70,6 @@ def _attention(setup: Setup, choice: Choice, context: float) -> float:
     s = setup.shape
     each = 4 * context * s.num_attention_heads * s.head_dim
     return s.num_hidden_layers * each * (3.5 + _recomputed(setup, choice))
-
-
-def _rotation(setup: Setup, choice: Choice) -> float:
-    """Bytes a token, where q and k are not rotated by attention's own kernel."""
-    s, (there, back) = setup.shape, ROTATION
-    values = (s.num_attention_heads + s.num_key_value_heads) * s.head_dim
-    return s.num_hidden_layers * values * (there * (1 + _recomputed(setup, choice)) + back)
 
 
 def _traffic(setup: Setup, choice: Choice) -> float:
